@@ -1,0 +1,31 @@
+"""LoRA on the byte Llama, federated over the standard library's modules.
+
+  python scripts/train.py --config=configs/quickstart.py --workdir=/tmp/run
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the config; every other field has the default of `settings.py`."""
+  return ml_collections.ConfigDict({
+      "seed": 0,
+      "rounds": 40,
+      "clients_per_round": 16,
+      "algorithm": "fedavg",
+      "adapter": {
+          "kind": "lora",
+          "rank": 8,
+          "alpha": 16.0,
+          "targets": ("q_proj", "v_proj", "up_proj", "down_proj"),
+      },
+      "data": {"name": "python_stdlib", "sequence_length": 512},
+      "client": {
+          "optimizer": "adam",
+          "learning_rate": 0.003,
+          "batch_size": 4,
+          "local_steps": 4,
+          "clip_norm": 1.0,
+      },
+      "eval": {"every": 10, "batch_size": 8, "max_examples": 4},
+  })

@@ -1,0 +1,195 @@
+"""Stacking aggregators that bound what a few bad clients can do.
+
+Each sees all messages of the cohort, [clients, ...]; clients of weight 0 are
+absent and weights count for nothing else, as robust rules treat clients alike
+(the geometric median excepted). Distances are over the whole pytree.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedfm import errors
+from fedfm import trees
+from fedfm.types import Aggregator
+
+PyTree = Any
+
+
+def _rows(flags: jax.Array, x: jax.Array) -> jax.Array:
+  """Reshapes [clients] to broadcast against x [clients, ...]."""
+  return flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim))
+
+
+def _check_num_byzantine(num_byzantine: int) -> None:
+  if num_byzantine < 0:
+    raise errors.ConfigError(
+        f"num_byzantine: got {num_byzantine}, expected at least 0"
+    )
+
+
+def _check_bound(num_byzantine: int, clients: int, least: int) -> None:
+  if clients < least:
+    raise errors.ConfigError(
+        f"num_byzantine: {num_byzantine} needs at least {least} clients, "
+        f"got {clients}"
+    )
+
+
+def _stacking(rule) -> Aggregator:
+  return Aggregator(
+      init=lambda message: (),
+      add=None,
+      finish=lambda state, collected: (rule(*collected), state),
+      stacking=True,
+  )
+
+
+def _mean_of_sorted(x: jax.Array, present: jax.Array, low, high) -> jax.Array:
+  """Mean of the sorted values at ranks [low, high) among present clients."""
+  ordered = jnp.sort(jnp.where(_rows(present, x), x, jnp.inf), axis=0)
+  ranks = _rows(jnp.arange(x.shape[0]), x)
+  inside = (ranks >= low) & (ranks < high)
+  total = jnp.sum(jnp.where(inside, ordered, 0), axis=0)
+  return (total / jnp.maximum(high - low, 1)).astype(x.dtype)
+
+
+def median() -> Aggregator:
+  """Takes the median of each coordinate. Source: arXiv 1803.01498.
+
+  Examples:
+    >>> median().aggregate(jnp.array([1.0, 2.0, 1e30]), jnp.ones(3))
+    Array(2., dtype=float32)
+  """
+
+  def rule(messages, weights):
+    present = weights > 0
+    count = jnp.sum(present)
+    low, high = jnp.maximum(count - 1, 0) // 2, count // 2 + 1
+    high = jnp.where(count > 0, high, 0)
+    return jax.tree.map(
+        lambda x: _mean_of_sorted(x, present, low, high), messages
+    )
+
+  return _stacking(rule)
+
+
+def trimmed_mean(num_byzantine: int) -> Aggregator:
+  """Drops the f smallest and f largest of each coordinate, averages the rest.
+
+  Args:
+    num_byzantine: f; a cohort of 2f clients or fewer aggregates to zero.
+
+  Returns:
+    A stacking `Aggregator`. Source: arXiv 1803.01498.
+
+  Raises:
+    ConfigError: f below 0, or at least half of the cohort (when first used).
+  """
+  _check_num_byzantine(num_byzantine)
+
+  def rule(messages, weights):
+    _check_bound(num_byzantine, weights.shape[0], 2 * num_byzantine + 1)
+    present = weights > 0
+    count = jnp.sum(present)
+    return jax.tree.map(
+        lambda x: _mean_of_sorted(
+            x, present, num_byzantine, count - num_byzantine
+        ),
+        messages,
+    )
+
+  return _stacking(rule)
+
+
+def squared_distances(messages: PyTree) -> jax.Array:
+  """Squared distances between clients over the whole tree.
+
+  Args:
+    messages: Leaves [clients, ...].
+
+  Returns:
+    [clients, clients].
+  """
+
+  def to_all(one):
+    return jax.lax.map(
+        lambda other: trees.squared_norm(trees.sub(one, other)), messages
+    )
+
+  return jax.lax.map(to_all, messages)
+
+
+def krum(num_byzantine: int) -> Aggregator:
+  """Picks the message nearest to its n - f - 2 nearest neighbours.
+
+  Args:
+    num_byzantine: f; needs 2f + 2 < n clients.
+
+  Returns:
+    A stacking `Aggregator`. Source: Blanchard et al., arXiv 1703.02757.
+
+  Raises:
+    ConfigError: f below 0, or too large for the cohort (when first used).
+  """
+  _check_num_byzantine(num_byzantine)
+
+  def rule(messages, weights):
+    n = weights.shape[0]
+    _check_bound(num_byzantine, n, 2 * num_byzantine + 3)
+    present = weights > 0
+    distances = squared_distances(messages)
+    others = present[None, :] & ~jnp.eye(n, dtype=bool)
+    distances = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+    # Overflow to inf must not tie with absence: rank by finite values.
+    distances = jnp.minimum(distances, jnp.finfo(distances.dtype).max / n)
+    nearest = jnp.sum(present) - num_byzantine - 2
+    counted = jnp.arange(n)[None, :] < jnp.maximum(nearest, 1)
+    scores = jnp.sum(jnp.where(counted, distances, 0), axis=1)
+    best = jnp.argmin(jnp.where(present, scores, jnp.inf))
+    return jax.tree.map(lambda x: x[best], messages)
+
+  return _stacking(rule)
+
+
+def geometric_median(
+    smoothing: float = 1e-6, iterations: int = 100
+) -> Aggregator:
+  """Finds the point of least weighted distance to all messages.
+
+  Args:
+    smoothing: Least distance that Weiszfeld's step divides by.
+    iterations: Weiszfeld steps.
+
+  Returns:
+    A stacking `Aggregator`. Source: RFA, arXiv 1912.13445.
+
+  Raises:
+    ConfigError: A smoothing or a number of iterations that is not above 0.
+  """
+  if not smoothing > 0:
+    raise errors.ConfigError(f"smoothing: got {smoothing}, expected above 0")
+  if iterations < 1:
+    raise errors.ConfigError(f"iterations: got {iterations}, expected >= 1")
+
+  def mean(messages, weights):
+    total = jnp.sum(weights)
+    # Normalised first: huge messages times large weights would overflow.
+    shares = weights / jnp.where(total > 0, total, 1)
+    return jax.tree.map(
+        lambda x: jnp.tensordot(shares.astype(x.dtype), x, axes=1), messages
+    )
+
+  def rule(messages, weights):
+    weights = weights.astype(jnp.result_type(*jax.tree.leaves(messages)))
+
+    def step(_, centre):
+      distance = jax.lax.map(
+          lambda m: trees.norm(trees.sub(m, centre)), messages
+      )
+      return mean(messages, weights / jnp.maximum(distance, smoothing))
+
+    return jax.lax.fori_loop(0, iterations, step, mean(messages, weights))
+
+  return _stacking(rule)

@@ -1,0 +1,281 @@
+"""From settings to the pieces of a run, checked and placed on the mesh."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from fedfm import adapters
+from fedfm import choices
+from fedfm import clients
+from fedfm import data as data_lib
+from fedfm import errors
+from fedfm import evaluation
+from fedfm import models
+from fedfm import planning
+from fedfm import sharding
+from fedfm import types
+from fedfm.data import holdout
+from fedfm.data import text
+from fedfm.settings import Settings
+
+PyTree = Any
+BUILTIN_MODEL = pathlib.Path(__file__).parent / "models" / "byte_llama"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """The pieces that a config names, built and placed on the mesh.
+
+  Attributes:
+    settings: What it was built from.
+    mesh: The mesh; run under `jax.set_mesh(mesh)`.
+    model: The foundation model.
+    base: Its weights, frozen; None where all weights are trained.
+    adapter: What clients train.
+    trainable: The initial trainable.
+    loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
+    algorithm: The federated algorithm.
+    data: Tokenized clients to train on, populations to evaluate on.
+    tokenizer: Text to tokens and back.
+    sampler: Round -> the ids of its cohort.
+    buckets: Sizes that cohorts are padded to: (steps, slots).
+  """
+
+  settings: Settings
+  mesh: Mesh
+  model: models.Model
+  base: PyTree
+  adapter: adapters.Adapter
+  trainable: PyTree
+  loss: types.LossFn
+  algorithm: types.FederatedAlgorithm
+  data: data_lib.FederatedData
+  tokenizer: data_lib.Tokenizer
+  sampler: data_lib.sampling.Sampler
+  buckets: tuple[tuple[int, ...], tuple[int, ...]]
+
+  @functools.cached_property
+  def run_round(self) -> Any:
+    """The jitted round; its state is donated."""
+    return jax.jit(self.algorithm.round, donate_argnums=0)
+
+  @functools.cached_property
+  def run_evaluation(self) -> Any:
+    """Jitted `(trainable, base, cohort) -> sums [clients]`."""
+    return jax.jit(functools.partial(evaluation.evaluate_cohort, self.loss))
+
+  @functools.cached_property
+  def eval_cohort(self) -> tuple[tuple[tuple[str, str], ...], types.Cohort]:
+    """All populations as one cohort, packed and placed once.
+
+    One program serves them all. The first of the pair names each client of the
+    cohort, as (population, client id).
+    """
+    s = self.settings
+    everyone = data_lib.union(self.data.evals)
+    packed = data_lib.pack(
+        everyone,
+        everyone.ids,
+        batch_size=s.eval.batch_size,
+        max_examples=s.eval.max_examples or None,
+        lanes=self.num_lanes,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    names = tuple(
+        (population, client_id)
+        for population, source in self.data.evals.items()
+        for client_id in source.ids
+    )
+    return names, clients.put(packed, self.mesh)
+
+  @functools.cached_property
+  def num_lanes(self) -> int:
+    """Lanes of every cohort of the run."""
+    return planning.choose_lanes(
+        self.settings, self.data.train, self.sampler, self.mesh
+    )
+
+  def cohort(self, round_index: int) -> types.Cohort:
+    """Samples, reads, packs and places the cohort of a round."""
+    ids = self.sampler.sample(round_index)
+    packed = data_lib.pack(
+        self.data.train,
+        ids,
+        lanes=self.num_lanes,
+        shuffle=True,
+        seed=self.settings.seed,
+        round=round_index,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        step_buckets=self.buckets[0],
+        slot_buckets=self.buckets[1],
+        **planning.pack_options(self.settings),
+    )
+    return clients.put(packed, self.mesh)
+
+  def evaluate(
+      self, trainable: PyTree, base: PyTree = None
+  ) -> dict[str, float]:
+    """Evaluates on all populations.
+
+    Args:
+      trainable: The weights to evaluate.
+      base: Default the experiment's own; what `effective_base` gives.
+
+    Returns:
+      {"eval/<population>/<metric>": value over clients}.
+    """
+    values = {}
+    for name, sums in self.evaluate_clients(trainable, base).items():
+      summary = evaluation.summarise(sums, self.tokenizer.name == "bytes")
+      values |= {f"eval/{name}/{k}": v for k, v in summary.items()}
+    return values
+
+  def evaluate_clients(
+      self, trainable: PyTree, base: PyTree = None
+  ) -> dict[str, dict[str, Any]]:
+    """Evaluates on all populations, and keeps clients apart.
+
+    Args:
+      trainable: The weights to evaluate.
+      base: As in `evaluate`.
+
+    Returns:
+      {population: {"ids": list, "tokens", "loss_sum", "correct": [clients]}}.
+    """
+    names, cohort = self.eval_cohort
+    base = self.base if base is None else base
+    sums = jax.device_get(self.run_evaluation(trainable, base, cohort))
+    result = {}
+    for population in self.data.evals:
+      rows = [i for i, (name, _) in enumerate(names) if name == population]
+      result[population] = {k: v[rows] for k, v in sums.items()}
+      result[population]["ids"] = [names[i][1] for i in rows]
+    return result
+
+
+def load_data(
+    settings: Settings,
+) -> tuple[data_lib.FederatedData, data_lib.Tokenizer]:
+  """Loads and tokenizes the population that the settings name.
+
+  Args:
+    settings: The run's settings.
+
+  Returns:
+    Numeric clients, and the tokenizer.
+
+  Raises:
+    DataError: Missing or malformed data.
+  """
+  d = settings.data
+  if d.name == "python_stdlib":
+    raw, key = data_lib.python_stdlib.load(d.path or None), "text"
+  elif d.name == "jsonl":
+    source = data_lib.from_jsonl(d.path, d.client_key, d.text_key)
+    raw = holdout.hold_out(source, d.unseen_fraction, d.heldout_fraction)
+    key = d.text_key
+  else:
+    source = data_lib.from_tfds(d.name, d.split, d.client_key, d.path or None)
+    raw = holdout.hold_out(source, d.unseen_fraction, d.heldout_fraction)
+    key = d.text_key
+  tokenizer = data_lib.byte_tokenizer()
+  tokenize = functools.partial(
+      text.tokenize,
+      tokenizer=tokenizer,
+      sequence_length=d.sequence_length,
+      text_key=key,
+  )
+  numeric = data_lib.FederatedData(
+      train=tokenize(raw.train),
+      evals={name: tokenize(source) for name, source in raw.evals.items()},
+  )
+  return numeric, tokenizer
+
+
+def build(settings: Settings) -> Experiment:
+  """Builds everything that a run needs; checks all of it first.
+
+  Args:
+    settings: The run's settings.
+
+  Returns:
+    An `Experiment`. Nothing is compiled before every check has passed.
+
+  Raises:
+    ConfigError: A bad field, named.
+    DataError: Bad data.
+    CheckpointError: Bad weights.
+  """
+  mesh = sharding.make_mesh(dataclasses.asdict(settings.mesh))
+  if settings.client.batch_size % mesh.shape["fsdp"]:
+    raise errors.ConfigError(
+        f"client.batch_size: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
+        f"{settings.client.batch_size}"
+    )
+  if settings.eval.batch_size % mesh.shape["fsdp"]:
+    raise errors.ConfigError(
+        f"eval.batch_size: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
+        f"{settings.eval.batch_size}"
+    )
+  data, tokenizer = load_data(settings)
+  sampler = choices.sampler(
+      settings,
+      data.train.ids,
+      lambda: [data.train.size(i) for i in data.train.ids],
+  )
+  lanes = planning.choose_lanes(settings, data.train, sampler, mesh)
+  m = settings.model
+  model, params = models.huggingface.load(
+      m.path or BUILTIN_MODEL,
+      mesh=mesh,
+      dtype=m.dtype,
+      compute_dtype=m.dtype,
+      scan_layers=m.scan_layers,
+      remat=m.remat,
+  )
+  if tokenizer.vocab_size > model.config.vocab_size:
+    raise errors.ConfigError(
+        f"model.path: vocabulary of {model.config.vocab_size} is smaller than "
+        f"the tokenizer's {tokenizer.vocab_size}"
+    )
+  key = jax.random.key(settings.seed)
+  if m.init == "random":
+    params = jax.jit(
+        model.init,
+        out_shardings=sharding.shardings(mesh, model.axes, model.shapes),
+    )(key)
+  adapter = _adapter(settings, model)
+  loss = models.losses.language_model(adapters.loss_apply(adapter))
+  algorithm = choices.algorithm(settings, loss, len(data.train.ids))
+  trainable = adapter.init(jax.random.fold_in(key, 1), params)
+  if adapter.kind != "full":
+    trainable = jax.device_put(trainable, NamedSharding(mesh, jax.P()))
+  return Experiment(
+      settings=settings,
+      mesh=mesh,
+      model=model,
+      base=None if adapter.kind == "full" else params,
+      adapter=adapter,
+      trainable=trainable,
+      loss=loss,
+      algorithm=algorithm,
+      data=data,
+      tokenizer=tokenizer,
+      sampler=sampler,
+      buckets=planning.plan_buckets(settings, data.train, sampler, lanes),
+  )
+
+
+def _adapter(settings: Settings, model: models.Model) -> adapters.Adapter:
+  a = settings.adapter
+  if a.kind == "full":
+    return adapters.full(model)
+  if a.kind == "head":
+    return adapters.head(model)
+  return adapters.lora(model, rank=a.rank, alpha=a.alpha, targets=a.targets)

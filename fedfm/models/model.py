@@ -1,0 +1,104 @@
+"""What a model is: pure functions, and parameters declared once.
+
+A `ParamSpec` names a parameter's shape, logical axes and initializer; init,
+shardings, abstract values and counts all derive from it.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+class Model(NamedTuple):
+  """A model as pure functions.
+
+  Attributes:
+    init: `init(key) -> params`.
+    apply: `apply(params, tokens, ...) -> logits [batch, seq, vocab]`.
+    axes: Tree like `params`, a tuple of logical axes per leaf.
+    shapes: Tree like `params` of `jax.ShapeDtypeStruct`.
+    config: The model's own typed config.
+    unembed: `unembed(params, hidden) -> logits`, for losses that compute logits
+      in chunks; None where a model has no such split.
+    init_cache: `init_cache(batch, length) -> cache` for generation, or None.
+  """
+
+  init: Callable[..., PyTree]
+  apply: Callable[..., Any]
+  axes: PyTree
+  shapes: PyTree = None
+  config: Any = None
+  unembed: Callable[..., jax.Array] | None = None
+  init_cache: Callable[..., PyTree] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+  """One parameter: shape, logical axes (one per dimension), initializer.
+
+  Attributes:
+    shape: The shape.
+    axes: Logical axes, one per dimension.
+    stddev: Standard deviation of a normal initializer; None fills with `fill`.
+    fill: Constant used when `stddev` is None.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  stddev: float | None = None
+  fill: float = 0.0
+
+  def __post_init__(self):
+    if len(self.shape) != len(self.axes):
+      raise ValueError(f"{self.shape} has {len(self.axes)} axes: {self.axes}")
+
+
+def _is_spec(x: Any) -> bool:
+  return isinstance(x, ParamSpec)
+
+
+def init_params(specs: PyTree, key: jax.Array, dtype: Any) -> PyTree:
+  """Draws every parameter; a leaf's values depend only on `key` and its index.
+
+  Args:
+    specs: Tree of `ParamSpec`.
+    key: A typed PRNG key.
+    dtype: Dtype of all parameters.
+
+  Returns:
+    A tree of arrays.
+  """
+  leaves, treedef = jax.tree.flatten(specs, is_leaf=_is_spec)
+
+  def draw(index: int, spec: ParamSpec) -> jax.Array:
+    if spec.stddev is None:
+      return jnp.full(spec.shape, spec.fill, dtype)
+    noise = jax.random.normal(jax.random.fold_in(key, index), spec.shape)
+    return (spec.stddev * noise).astype(dtype)
+
+  return treedef.unflatten([draw(i, s) for i, s in enumerate(leaves)])
+
+
+def axes_of(specs: PyTree) -> PyTree:
+  """Returns the tree of logical axes."""
+  return jax.tree.map(lambda s: s.axes, specs, is_leaf=_is_spec)
+
+
+def shapes_of(specs: PyTree, dtype: Any) -> PyTree:
+  """Returns the tree of `jax.ShapeDtypeStruct`."""
+  return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=_is_spec
+  )
+
+
+def num_params(specs: PyTree) -> int:
+  """Returns the number of scalars that `specs` declares."""
+  return sum(
+      math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=_is_spec)
+  )

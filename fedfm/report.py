@@ -1,0 +1,114 @@
+"""Tables and plots of finished runs."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+def table(
+  rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> str:
+  """Formats rows as an aligned Markdown table.
+
+  Args:
+    rows: A mapping per row; what a row lacks, or is None, shows as `-`.
+    columns: Which columns and in which order; default all, as they come.
+
+  Returns:
+    Lines without a final newline; numbers are aligned to the right.
+
+  Examples:
+    >>> print(table([{"name": "a", "loss": 0.5}, {"name": "bc"}]))
+    | name | loss |
+    |:-----|-----:|
+    | a    |  0.5 |
+    | bc   |    - |
+  """
+  if columns is None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+  cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+  widths = [
+    max(len(name), 3, *(len(row[i]) for row in cells))
+    for i, name in enumerate(columns)
+  ]
+  numeric = [
+    all(not isinstance(row.get(name), str | bool) for row in rows)
+    for name in columns
+  ]
+
+  def line(texts: Sequence[str]) -> str:
+    padded = (
+      text.rjust(width) if right else text.ljust(width)
+      for text, width, right in zip(texts, widths, numeric)
+    )
+    return "| " + " | ".join(padded) + " |"
+
+  rule = "|".join(
+    "-" * (width + 1) + ":" if right else ":" + "-" * (width + 1)
+    for width, right in zip(widths, numeric)
+  )
+  return "\n".join([line(columns), f"|{rule}|", *map(line, cells)])
+
+
+def plot_lines(
+  path: str | pathlib.Path,
+  series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  *,
+  xlabel: str,
+  ylabel: str,
+  title: str = "",
+) -> None:
+  """Draws one line per series into a file; needs no display.
+
+  Args:
+    path: The file; its ending (`.png`, `.svg`, `.pdf`) says the format.
+    series: Label -> (xs, ys) of equal length; None and NaN leave a gap.
+    xlabel: What x is, with its unit.
+    ylabel: What y is, with its unit.
+    title: Heading, if any.
+  """
+  from matplotlib import figure  # Slow to import, and few callers draw.
+
+  canvas = figure.Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+  axes = canvas.add_subplot()
+  for label, (xs, ys) in series.items():
+    marker = "o" if len(xs) < 20 else None
+    axes.plot(xs, np.asarray(ys, dtype=float), label=label, marker=marker, ms=3)
+  axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+  axes.grid(alpha=0.3)
+  axes.spines[["top", "right"]].set_visible(False)
+  if len(series) > 1:
+    axes.legend(frameon=False)
+  canvas.savefig(path)
+
+
+def percentiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+  """Summarizes one value per client.
+
+  Args:
+    values: `[clients]`.
+
+  Returns:
+    `mean`, `p10` and `p90` (linear interpolation); NaN without clients.
+
+  Examples:
+    >>> percentiles([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    {'mean': 5.0, 'p10': 1.0, 'p90': 9.0}
+    >>> percentiles([])
+    {'mean': nan, 'p10': nan, 'p90': nan}
+  """
+  x = np.asarray(values, dtype=np.float64).reshape(-1)
+  if x.size == 0:
+    return dict.fromkeys(("mean", "p10", "p90"), float("nan"))
+  p10, p90 = np.percentile(x, [10, 90])
+  return {"mean": float(x.mean()), "p10": float(p10), "p90": float(p90)}
+
+
+def _cell(value: Any) -> str:
+  if value is None:
+    return "-"
+  if isinstance(value, float | np.floating):
+    return f"{value:.4g}"
+  return str(value)

@@ -1,0 +1,153 @@
+"""The data and the protocols that the layers pass to each other."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedfm import trees
+
+PyTree = Any
+Array = Any  # A jax or NumPy array.
+# loss(trainable, base, batch, key) -> (scalar, aux); see `models.losses`.
+LossFn = Callable[[PyTree, PyTree, PyTree, Any], tuple[Any, PyTree]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cohort:
+  """The clients of one round, laid out on lanes.
+
+  A lane runs its clients back to back. A *segment* is a run of steps in which
+  no client starts or ends on any lane: starts and ends happen only at segment
+  boundaries, so that a step costs nothing for them. Buffers are padded to
+  `steps`, `slots` and `clients`; the loop runs `num_segments` segments.
+  """
+
+  batches: dict[str, Array]  # shape=(lanes, steps, batch, ...), with "mask"
+  slot: Array  # shape=(lanes, steps), dtype=int32: lane-local index of client
+  start: Array  # shape=(lanes, steps), dtype=bool: first step of a client
+  end: Array  # shape=(lanes, steps), dtype=bool: last step of a client
+  boundaries: Array  # shape=(steps + 1,), dtype=int32: where segments begin
+  num_segments: Array  # shape=(), dtype=int32
+  id_hash: Array  # shape=(lanes, slots, 2), dtype=uint32
+  row: Array  # shape=(lanes, slots), dtype=int32: row in a client store
+  num_examples: Array  # shape=(lanes, slots), dtype=int32
+  num_steps: Array  # shape=(lanes, slots), dtype=int32: local steps
+  weight: Array  # shape=(lanes, slots), dtype=float32: 0 where no client is
+  order: Array  # shape=(clients,), dtype=int32: lane * slots + slot, or -1
+
+  @property
+  def num_lanes(self) -> int:
+    """Lanes, of all processes once the cohort is placed on a mesh."""
+    return self.slot.shape[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientInfo:
+  """What a client update may know about its client."""
+
+  key: Array  # typed key of (seed, round, client)
+  round: Array  # shape=(), dtype=int32
+  row: Array  # shape=(), dtype=int32
+  num_examples: Array  # shape=(), dtype=int32
+  num_steps: Array  # shape=(), dtype=int32
+  weight: Array  # shape=(), dtype=float32
+
+
+class ClientUpdate(NamedTuple):
+  """One client's work, written for one client; the engine runs many.
+
+  Attributes:
+    start: `start(broadcast, client_state, info) -> carry`.
+    step: `step(carry, base, batch, key) -> carry`, one local step.
+    finish: `finish(broadcast, carry, info) -> (message, weight, client_state,
+      metrics)`; `metrics` is a dict of scalars.
+  """
+
+  start: Callable[..., PyTree]
+  step: Callable[..., PyTree]
+  finish: Callable[..., tuple[PyTree, Any, PyTree, dict[str, Any]]]
+
+
+class Aggregator(NamedTuple):
+  """Combines the cohort's messages into one; the only code that sees many.
+
+  Attributes:
+    init: `init(message) -> state`, held by the server across rounds.
+    add: `add(state, message, weight) -> terms`. Streaming aggregators return
+      the terms that the engine sums over clients; stacking ones have None.
+    finish: `finish(state, collected) -> (update, state)`, where `collected` is
+      the summed terms, or `(messages [clients, ...], weights [clients])`. A
+      client of weight 0 is absent.
+    stacking: Whether `finish` needs every client's message at once.
+  """
+
+  init: Callable[[PyTree], PyTree]
+  add: Callable[[PyTree, PyTree, Any], PyTree] | None
+  finish: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+  stacking: bool = False
+
+  def aggregate(self, messages: PyTree, weights: Array) -> PyTree:
+    """Aggregates stacked messages, outside of a round.
+
+    Args:
+      messages: Tree of arrays [clients, ...].
+      weights: [clients]; 0 means absent, as does a non-finite message.
+
+    Returns:
+      The aggregate, a tree of arrays [...].
+    """
+    weights = jnp.asarray(weights)
+    finite = jax.lax.map(trees.all_finite, (messages, weights))
+    kept = finite & (weights > 0)
+    weights = jnp.where(kept, weights, 0)
+    messages = jax.tree.map(
+        lambda x: jnp.where(kept.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0),
+        messages,
+    )
+    state = self.init(jax.tree.map(lambda x: jnp.zeros_like(x[0]), messages))
+    if self.add is None:
+      return self.finish(state, (messages, weights))[0]
+
+    def one(terms, client):
+      return trees.add(terms, self.add(state, *client)), None
+
+    first = jax.tree.map(lambda x: x[0], (messages, weights))
+    zero = trees.zeros_like(self.add(state, *first))
+    terms, _ = jax.lax.scan(one, zero, (messages, weights))
+    return self.finish(state, terms)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerState:
+  """Everything that a round reads and writes, checkpointed as it is."""
+
+  trainable: PyTree
+  server_optimizer: PyTree
+  aggregator: PyTree
+  clients: PyTree  # client store, leaves [num_clients, ...], or ()
+  round: Array  # shape=(), dtype=int32: rounds done
+
+
+class FederatedAlgorithm(NamedTuple):
+  """A federated algorithm as pure functions.
+
+  Attributes:
+    init: `init(trainable) -> ServerState` (copies).
+    round: `round(state, base, cohort, server_batch=None) -> (state, metrics)`;
+      the caller jits it and donates `state`.
+    effective_base: `effective_base(state, base) -> base`, the base that the
+      trainable of `state` goes with; the identity for most.
+    bytes_per_client: `bytes_per_client(state) -> (up, down)`, bytes that one
+      client sends and receives in a round.
+  """
+
+  init: Callable[[PyTree], ServerState]
+  round: Callable[..., tuple[ServerState, dict[str, Any]]]
+  effective_base: Callable[[ServerState, PyTree], PyTree]
+  bytes_per_client: Callable[[ServerState], tuple[int, int]]

@@ -1,0 +1,125 @@
+"""Flags of the scripts: a config file with overrides, and errors in one line.
+
+`--config=FILE.py` names a file with `get_config()`; `--config.FIELD=VALUE`
+overrides a field. absl and ml_collections end with a traceback on an unknown
+field or a missing file; here every mistake is one line and exit code 2.
+"""
+
+from collections.abc import Callable, Sequence
+import importlib.util
+import logging
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+import ml_collections
+
+from fedfm import errors
+from fedfm import settings
+
+_OVERRIDES: list[tuple[str, str]] = []
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses flags and runs `main()`; bad input ends with exit code 2.
+
+  Args:
+    main: Reads absl flags.
+  """
+  logging.basicConfig(level=logging.WARNING, format="%(message)s")
+  logging.getLogger("fedfm").setLevel(logging.INFO)
+  try:
+    argv = flags.FLAGS(_take_overrides(sys.argv))
+    if len(argv) > 1:
+      raise errors.ConfigError(f"arguments: {argv[1]!r} is not a flag")
+    main()
+  except (flags.Error, errors.FedFMError) as e:
+    _bad_input(e)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _bad_input(error: Exception) -> None:
+  message = " ".join(str(error).split())
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(EXIT_BAD_INPUT)
+
+
+def _take_overrides(argv: Sequence[str]) -> list[str]:
+  """Takes `--config.FIELD=VALUE` (or `VALUE` after a space) out of argv."""
+  rest, i = [], 0
+  while i < len(argv):
+    arg = argv[i]
+    if arg.startswith(("--config.", "-config.")):
+      field, equals, value = arg.lstrip("-").partition("=")
+      if not equals:
+        i += 1
+        if i == len(argv):
+          raise errors.ConfigError(f"--{field}: got no value")
+        value = argv[i]
+      _OVERRIDES.append((field.removeprefix("config."), value))
+    else:
+      rest.append(arg)
+    i += 1
+  return rest
+
+
+def load_config(path: str) -> dict[str, Any]:
+  """Loads a config file and applies the overrides of the command line.
+
+  Args:
+    path: A Python file whose `get_config()` returns a `ConfigDict`.
+
+  Returns:
+    A nested dict of fields for `settings.from_dict`.
+
+  Raises:
+    ConfigError: A missing, empty or failing file, an unknown field, or a value
+      of another type.
+  """
+  config = _read(path)
+  for field, value in _OVERRIDES:
+    kind = settings.field_type(field)
+    if not isinstance(kind, type) or not hasattr(kind, "__dataclass_fields__"):
+      value = settings.convert(value, kind, field)
+    group = config
+    *parents, name = field.split(".")
+    for parent in parents:
+      group = group.setdefault(parent, {})
+    group[name] = value
+  return config
+
+
+def _read(path: str) -> dict[str, Any]:
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise errors.ConfigError(f"--config: {path} is not a file")
+  if file.suffix != ".py":
+    raise errors.ConfigError(f"--config: {path}, expected a .py file")
+  spec = importlib.util.spec_from_file_location("fedfm_config", file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except AttributeError as e:
+    if not hasattr(module, "get_config"):
+      raise errors.ConfigError(
+          f"--config: {path} has no get_config()"
+      ) from None
+    raise errors.ConfigError(f"--config: {path} failed: {e}") from None
+  except errors.FedFMError:
+    raise
+  except Exception as e:  # A config file is the user's own code.
+    raise errors.ConfigError(
+        f"--config: {path} failed: {type(e).__name__}: {e}"
+    ) from None
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.ConfigError(
+        f"--config: get_config() of {path} returned {type(config).__name__}, "
+        "expected a ConfigDict"
+    )
+  return config.to_dict()

@@ -1,0 +1,28 @@
+r"""Trains a federation, or goes on with the run that a folder holds.
+
+  python scripts/train.py --config=configs/quickstart.py --workdir=/tmp/run \
+    --config.rounds=4
+
+The command is the same after an interruption: it resumes.
+"""
+
+import json
+
+from absl import flags
+
+import command_line
+from fedfm import experiment
+
+_CONFIG = flags.DEFINE_string("config", None, "Config file.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
+
+
+def main():
+  summary = experiment.train(
+      command_line.load_config(_CONFIG.value), _WORKDIR.value
+  )
+  print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+  command_line.run(main)
