@@ -1,5 +1,7 @@
 """fedfm: federated learning of foundation models in JAX."""
 
+import importlib
+
 from fedfm import errors
 from fedfm import types
 from fedfm import trees
@@ -14,6 +16,16 @@ from fedfm.sharding import ShardingRules, make_mesh
 
 __version__ = "0.1.0"
 
+# Imports orbax and ml_collections: on first use, so that `import fedfm` is fast.
+_LAZY = ("baselines", "checkpoint", "experiment")
+
+
+def __getattr__(name: str):
+  if name in _LAZY:
+    return importlib.import_module(f"fedfm.{name}")
+  raise AttributeError(f"module 'fedfm' has no attribute {name!r}")
+
+
 __all__ = [
     "ShardingRules",
     "adapters",
@@ -21,6 +33,7 @@ __all__ = [
     "algorithms",
     "clients",
     "data",
+    "experiment",
     "errors",
     "make_mesh",
     "models",

@@ -16,10 +16,12 @@ from fedfm import errors
 from fedfm import evaluation
 from fedfm import models
 from fedfm import planning
+from fedfm import settings as settings_lib
 from fedfm import sharding
 from fedfm import types
 from fedfm.data import holdout
 from fedfm.data import text
+from fedfm.models import families
 from fedfm.settings import Settings
 
 PyTree = Any
@@ -59,14 +61,41 @@ class Experiment:
   buckets: tuple[tuple[int, ...], tuple[int, ...]]
 
   @functools.cached_property
+  def state_shardings(self) -> types.ServerState:
+    """A sharding per leaf of the state: like the trainable, or replicated."""
+    return sharding.shardings_like(
+        self.mesh,
+        jax.eval_shape(self.algorithm.init, self.trainable),
+        self.trainable,
+        jax.tree.map(lambda x: x.sharding, self.trainable),
+    )
+
+  @functools.cached_property
   def run_round(self) -> Any:
-    """The jitted round; its state is donated."""
-    return jax.jit(self.algorithm.round, donate_argnums=0)
+    """The jitted round; its state is donated, its metrics are replicated."""
+    return jax.jit(
+        self.algorithm.round,
+        donate_argnums=0,
+        out_shardings=(
+            self.state_shardings,
+            NamedSharding(self.mesh, jax.P()),
+        ),
+    )
 
   @functools.cached_property
   def run_evaluation(self) -> Any:
-    """Jitted `(trainable, base, cohort) -> sums [clients]`."""
-    return jax.jit(functools.partial(evaluation.evaluate_cohort, self.loss))
+    """Jitted `(trainable, base, cohort) -> sums [clients]`, replicated."""
+    return jax.jit(
+        functools.partial(evaluation.evaluate_cohort, self.loss),
+        out_shardings=NamedSharding(self.mesh, jax.P()),
+    )
+
+  def initial_state(self) -> types.ServerState:
+    """Returns the server state of round 0, placed on the mesh."""
+    with jax.set_mesh(self.mesh):
+      return jax.jit(
+          self.algorithm.init, out_shardings=self.state_shardings
+      )(self.trainable)
 
   @functools.cached_property
   def eval_cohort(self) -> tuple[tuple[tuple[str, str], ...], types.Cohort]:
@@ -75,23 +104,26 @@ class Experiment:
     One program serves them all. The first of the pair names each client of the
     cohort, as (population, client id).
     """
-    s = self.settings
-    everyone = data_lib.union(self.data.evals)
-    packed = data_lib.pack(
-        everyone,
-        everyone.ids,
-        batch_size=s.eval.batch_size,
-        max_examples=s.eval.max_examples or None,
-        lanes=self.num_lanes,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     names = tuple(
         (population, client_id)
         for population, source in self.data.evals.items()
         for client_id in source.ids
     )
-    return names, clients.put(packed, self.mesh)
+    return names, self.pack_to_evaluate(data_lib.union(self.data.evals))
+
+  def pack_to_evaluate(self, source: data_lib.ClientSource) -> types.Cohort:
+    """Packs and places all clients of a source as `settings.eval` says."""
+    e = self.settings.eval
+    packed = data_lib.pack(
+        source,
+        source.ids,
+        batch_size=e.batch_size,
+        max_examples=e.max_examples or None,
+        lanes=self.num_lanes,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return clients.put(packed, self.mesh)
 
   @functools.cached_property
   def num_lanes(self) -> int:
@@ -150,7 +182,8 @@ class Experiment:
     """
     names, cohort = self.eval_cohort
     base = self.base if base is None else base
-    sums = jax.device_get(self.run_evaluation(trainable, base, cohort))
+    with jax.set_mesh(self.mesh):
+      sums = jax.device_get(self.run_evaluation(trainable, base, cohort))
     result = {}
     for population in self.data.evals:
       rows = [i for i, (name, _) in enumerate(names) if name == population]
@@ -213,49 +246,47 @@ def build(settings: Settings) -> Experiment:
     CheckpointError: Bad weights.
   """
   mesh = sharding.make_mesh(dataclasses.asdict(settings.mesh))
-  if settings.client.batch_size % mesh.shape["fsdp"]:
-    raise errors.ConfigError(
-        f"client.batch_size: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
-        f"{settings.client.batch_size}"
-    )
-  if settings.eval.batch_size % mesh.shape["fsdp"]:
-    raise errors.ConfigError(
-        f"eval.batch_size: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
-        f"{settings.eval.batch_size}"
-    )
+  for field in ("client.batch_size", "eval.batch_size"):
+    if settings_lib.get(settings, field) % mesh.shape["fsdp"]:
+      raise errors.ConfigError(
+          f"{field}: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
+          f"{settings_lib.get(settings, field)}"
+      )
+  model = _model(settings)
+  adapter = _adapter(settings, model)
+  loss = models.losses.language_model(adapters.loss_apply(adapter))
   data, tokenizer = load_data(settings)
+  if tokenizer.vocab_size > model.config.vocab_size:
+    raise errors.ConfigError(
+        f"model.path: vocabulary of {model.config.vocab_size} is smaller than "
+        f"the tokenizer's {tokenizer.vocab_size}"
+    )
+  algorithm = choices.algorithm(settings, loss, len(data.train.ids))
   sampler = choices.sampler(
       settings,
       data.train.ids,
       lambda: [data.train.size(i) for i in data.train.ids],
   )
   lanes = planning.choose_lanes(settings, data.train, sampler, mesh)
-  m = settings.model
-  model, params = models.huggingface.load(
-      m.path or BUILTIN_MODEL,
-      mesh=mesh,
-      dtype=m.dtype,
-      compute_dtype=m.dtype,
-      scan_layers=m.scan_layers,
-      remat=m.remat,
-  )
-  if tokenizer.vocab_size > model.config.vocab_size:
-    raise errors.ConfigError(
-        f"model.path: vocabulary of {model.config.vocab_size} is smaller than "
-        f"the tokenizer's {tokenizer.vocab_size}"
-    )
+  buckets = planning.plan_buckets(settings, data.train, sampler, lanes)
+  places = sharding.shardings(mesh, model.axes, model.shapes)
+  if settings.model.init == "pretrained":
+    params = models.huggingface.load(
+        _model_folder(settings), mesh=mesh, dtype=settings.model.dtype
+    )[1]
+  # All is checked; from here on things are compiled.
   key = jax.random.key(settings.seed)
-  if m.init == "random":
-    params = jax.jit(
-        model.init,
-        out_shardings=sharding.shardings(mesh, model.axes, model.shapes),
-    )(key)
-  adapter = _adapter(settings, model)
-  loss = models.losses.language_model(adapters.loss_apply(adapter))
-  algorithm = choices.algorithm(settings, loss, len(data.train.ids))
-  trainable = adapter.init(jax.random.fold_in(key, 1), params)
-  if adapter.kind != "full":
-    trainable = jax.device_put(trainable, NamedSharding(mesh, jax.P()))
+  if settings.model.init == "random":
+    params = jax.jit(model.init, out_shardings=places)(key)
+  trainable_shardings = sharding.shardings_like(
+      mesh,
+      jax.eval_shape(adapter.init, key, model.shapes),
+      model.shapes,
+      places,
+  )
+  trainable = jax.jit(adapter.init, out_shardings=trainable_shardings)(
+      jax.random.fold_in(key, 1), params
+  )
   return Experiment(
       settings=settings,
       mesh=mesh,
@@ -268,7 +299,32 @@ def build(settings: Settings) -> Experiment:
       data=data,
       tokenizer=tokenizer,
       sampler=sampler,
-      buckets=planning.plan_buckets(settings, data.train, sampler, lanes),
+      buckets=buckets,
+  )
+
+
+def _model_folder(settings: Settings) -> pathlib.Path:
+  return pathlib.Path(settings.model.path or BUILTIN_MODEL)
+
+
+def _model(settings: Settings) -> models.Model:
+  """Builds the model from its config.json alone; reads no weights."""
+  m = settings.model
+  file = _model_folder(settings) / models.huggingface.CONFIG
+  _, config = families.read_config(file)
+  if settings.data.sequence_length > config.max_length:
+    raise errors.ConfigError(
+        f"data.sequence_length: got {settings.data.sequence_length}, but the "
+        f"model's longest is {config.max_length}"
+    )
+  return models.decoder(
+      dataclasses.replace(
+          config,
+          dtype=m.dtype,
+          param_dtype=m.dtype,
+          scan_layers=m.scan_layers,
+          remat=m.remat,
+      )
   )
 
 
@@ -278,4 +334,7 @@ def _adapter(settings: Settings, model: models.Model) -> adapters.Adapter:
     return adapters.full(model)
   if a.kind == "head":
     return adapters.head(model)
-  return adapters.lora(model, rank=a.rank, alpha=a.alpha, targets=a.targets)
+  try:
+    return adapters.lora(model, rank=a.rank, alpha=a.alpha, targets=a.targets)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"adapter.{e}") from None

@@ -24,15 +24,15 @@ ALGORITHMS = (
 
 
 def schedule(name: str, peak: float, rounds: int) -> optax.Schedule:
-  """A learning rate over rounds: constant, linear to 0 or cosine to 0.
+  """A learning rate over rounds or steps: constant, or falling to 0.
 
   Args:
     name: "constant", "linear" or "cosine".
-    peak: Rate of round 0.
-    rounds: Rounds of the run.
+    peak: Rate of the first.
+    rounds: How many there are.
 
   Returns:
-    `schedule(round) -> rate`.
+    `schedule(index) -> rate`.
   """
   if name == "linear":
     return optax.schedules.linear_schedule(peak, 0.0, rounds)
@@ -54,20 +54,30 @@ def client_optimizer(
     `optimizer(round) -> optax.GradientTransformation`.
   """
   rate = schedule(settings.schedule, settings.learning_rate, rounds)
+  return lambda round_index: local_optimizer(settings, rate(round_index))
 
-  def optimizer(round_index):
-    lr = rate(round_index)
-    tx = {
-        "sgd": lambda: optax.sgd(lr),
-        "momentum": lambda: optax.sgd(lr, settings.momentum),
-        "adam": lambda: optax.adam(lr),
-        "adamw": lambda: optax.adamw(lr, weight_decay=settings.weight_decay),
-    }[settings.optimizer]()
-    if settings.clip_norm:
-      tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
-    return tx
 
-  return optimizer
+def local_optimizer(
+    settings: ClientSettings, rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+  """Builds the local optimizer.
+
+  Args:
+    settings: Name, momentum, clipping; its rate and schedule are not read.
+    rate: Learning rate, or a schedule of it over steps.
+
+  Returns:
+    An optax transformation.
+  """
+  tx = {
+      "sgd": lambda: optax.sgd(rate),
+      "momentum": lambda: optax.sgd(rate, settings.momentum),
+      "adam": lambda: optax.adam(rate),
+      "adamw": lambda: optax.adamw(rate, weight_decay=settings.weight_decay),
+  }[settings.optimizer]()
+  if settings.clip_norm:
+    tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
+  return tx
 
 
 def server_optimizer(

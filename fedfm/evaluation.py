@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedfm import aggregators
+from fedfm import report
 from fedfm.clients import engine
 from fedfm.types import ClientUpdate, Cohort, LossFn
 
@@ -71,10 +72,58 @@ def evaluate_cohort(
   return result.metrics
 
 
-def summarise(
+def evaluate_own(
+    loss: LossFn, stacked: PyTree, base: PyTree, cohort: Cohort
+) -> dict[str, jax.Array]:
+  """Evaluates every client with a trainable of its own; jit it.
+
+  Args:
+    loss: As in `client_evaluation`.
+    stacked: Trainables, leaves [clients, ...] in the cohort's order.
+    base: Frozen weights.
+    cohort: The clients, packed.
+
+  Returns:
+    As `evaluate_cohort`.
+  """
+  shared = client_evaluation(loss)
+  num_lanes, num_slots = cohort.row.shape
+
+  def to_slots(x):
+    slots = jnp.zeros((num_lanes * num_slots, *x.shape[1:]), x.dtype)
+    slots = slots.at[cohort.order[: len(x)]].set(x)
+    return slots.reshape((num_lanes, num_slots, *x.shape[1:]))
+
+  def start(broadcast, own, info):
+    return own, shared.start(broadcast, (), info)
+
+  def step(carry, base, batch, key):
+    own, sums = carry
+    return own, shared.step(sums, (own, base), batch, key)
+
+  def finish(broadcast, carry, info):
+    own, sums = carry
+    message, weight, _, metrics = shared.finish(broadcast, sums, info)
+    return message, weight, own, metrics
+
+  result = engine.run_cohort(
+      ClientUpdate(start, step, finish),
+      aggregators.none(),
+      (),
+      (),
+      base,
+      cohort,
+      jax.tree.map(to_slots, stacked),
+      jax.random.key(0),
+      jnp.zeros((), jnp.int32),
+  )
+  return result.metrics
+
+
+def client_metrics(
     per_client: Mapping[str, Any], bytes_are_tokens: bool
-) -> dict[str, float]:
-  """Turns sums per client into metrics over clients.
+) -> dict[str, np.ndarray]:
+  """Turns sums per client into metrics per client.
 
   Args:
     per_client: From `evaluate_cohort`.
@@ -82,25 +131,41 @@ def summarise(
 
   Returns:
     `loss` (nats a token), `accuracy`, `perplexity` and, for bytes,
-    `bits_per_byte`: the plain mean over clients, and the 10th and 90th
-    percentile under the name with `_p10` and `_p90`.
+    `bits_per_byte`, each [clients]; NaN for a client without tokens.
   """
   tokens = np.asarray(per_client["tokens"], np.float64)
-  there = tokens > 0
-  loss = np.asarray(per_client["loss_sum"], np.float64)[there] / tokens[there]
-  correct = np.asarray(per_client["correct"], np.float64)[there]
-  values = {
+  tokens = np.where(tokens > 0, tokens, np.nan)
+  loss = np.asarray(per_client["loss_sum"], np.float64) / tokens
+  metrics = {
       "loss": loss,
-      "accuracy": correct / tokens[there],
+      "accuracy": np.asarray(per_client["correct"], np.float64) / tokens,
       "perplexity": np.exp(np.minimum(loss, 700)),
   }
   if bytes_are_tokens:
-    values["bits_per_byte"] = loss / math.log(2)
+    metrics["bits_per_byte"] = loss / math.log(2)
+  return metrics
+
+
+def summarise(
+    per_client: Mapping[str, Any], bytes_are_tokens: bool
+) -> dict[str, float]:
+  """Turns sums per client into metrics over clients.
+
+  Args:
+    per_client: From `evaluate_cohort`.
+    bytes_are_tokens: As in `client_metrics`.
+
+  Returns:
+    The metrics of `client_metrics`: the plain mean over clients with tokens,
+    and the 10th and 90th percentile under the name with `_p10` and `_p90`.
+  """
+  there = np.asarray(per_client["tokens"]) > 0
   metrics = {}
-  for name, value in values.items():
-    if not len(value):
+  for name, value in client_metrics(per_client, bytes_are_tokens).items():
+    if not there.any():
       continue
-    metrics[name] = float(np.mean(value))
-    metrics[f"{name}_p10"] = float(np.percentile(value, 10))
-    metrics[f"{name}_p90"] = float(np.percentile(value, 90))
+    over_clients = report.percentiles(value[there])
+    metrics[name] = over_clients["mean"]
+    metrics[f"{name}_p10"] = over_clients["p10"]
+    metrics[f"{name}_p90"] = over_clients["p90"]
   return metrics

@@ -12,9 +12,10 @@ import logging
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import ml_collections
 
 from fedfm import assembly
@@ -31,7 +32,6 @@ from fedfm.types import ServerState
 Config = ml_collections.ConfigDict | Mapping[str, Any] | Settings
 # What may differ when a run is continued: none of it changes what was done.
 _MAY_CHANGE = (
-    "rounds",
     "lanes",
     "mesh.clients",
     "mesh.fsdp",
@@ -61,42 +61,47 @@ def build(config: Config) -> Experiment:
   return assembly.build(as_settings(config))
 
 
-def initial_state(experiment: Experiment) -> ServerState:
-  """Returns the server state of round 0, placed on the mesh."""
-  with jax.set_mesh(experiment.mesh):
-    return jax.jit(experiment.algorithm.init)(experiment.trainable)
-
-
 def open_run(
-    workdir: str | os.PathLike,
+    workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None
 ) -> tuple[Experiment, ServerState]:
   """Opens a run to evaluate it or to generate from it; changes nothing in it.
 
   Args:
     workdir: A run's folder.
+    changes: Fields that differ from the run's, nested, such as
+      `{"eval": {"max_examples": 0}}` or another mesh.
 
   Returns:
     The experiment, and its state at the newest intact checkpoint.
 
   Raises:
     CheckpointError: The folder holds no run, or no checkpoint.
+    ConfigError: A bad change.
   """
   folder = pathlib.Path(workdir)
   if not (folder / "config.json").is_file():
     raise errors.CheckpointError(
         f"workdir: {folder} holds no config.json, expected a run's folder"
     )
-  experiment = build(run_folder.read_json(folder / "config.json"))
+  config = run_folder.read_json(folder / "config.json")
+  experiment = build(_merge(config, changes or {}))
   with checkpoint.Checkpointer(
       folder / "checkpoints", read_only=True
   ) as checkpointer:
-    target = checkpoint.abstract(initial_state(experiment))
+    target = checkpoint.abstract(experiment.initial_state())
     restored = checkpointer.restore(target)
   if restored is None:
     raise errors.CheckpointError(
         f"workdir: {folder} holds no intact checkpoint"
     )
   return experiment, restored[1]
+
+
+def _merge(config: Any, changes: Any) -> Any:
+  if not isinstance(config, Mapping) or not isinstance(changes, Mapping):
+    return changes
+  merged = {k: _merge(config.get(k), v) for k, v in changes.items()}
+  return {**config, **merged}
 
 
 def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -118,40 +123,107 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     CheckpointError: Bad weights, or a folder that cannot be written.
   """
   settings = as_settings(config)
+  may_change = _check_folder(settings, pathlib.Path(workdir))
   experiment = build(settings)
-  with run_folder.claim(
-      workdir, settings_lib.to_dict(settings), may_change=_MAY_CHANGE
-  ) as folder, jax.set_mesh(experiment.mesh):
-    return _train(experiment, folder)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(experiment.mesh))
+    checkpoints = pathlib.Path(workdir) / "checkpoints"
+    if jax.process_index() == 0:
+      stack.enter_context(
+          run_folder.claim(
+              workdir, settings_lib.to_dict(settings), may_change=may_change
+          )
+      )
+    _wait_for_all("claimed")
+    checkpointer = stack.enter_context(
+        checkpoint.Checkpointer(
+            checkpoints, keep_last=settings.checkpoint.keep_last
+        )
+    )
+    _train(experiment, pathlib.Path(workdir), checkpointer)
+  return run_folder.read_json(pathlib.Path(workdir) / "summary.json")
 
 
-def _train(experiment: Experiment, folder: run_folder.RunFolder) -> dict:
+def _check_folder(settings: Settings, workdir: pathlib.Path) -> tuple[str, ...]:
+  """Refuses a folder of something else; returns the fields that may change."""
+  may_change = _MAY_CHANGE
+  # A schedule that falls to 0 over the rounds makes them part of what was done.
+  if settings.client.schedule == settings.server.schedule == "constant":
+    may_change = (*_MAY_CHANGE, "rounds")
+  config = settings_lib.to_dict(settings)
+  run_folder.check(workdir, config, may_change=may_change)
+  folder = workdir / "checkpoints"
+  if folder.is_dir():
+    with checkpoint.Checkpointer(folder, read_only=True) as checkpointer:
+      done = checkpointer.latest() or 0
+    if done > settings.rounds:
+      raise errors.ConfigError(
+          f"rounds: got {settings.rounds}, but the run in {workdir} has done "
+          f"{done}"
+      )
+  return may_change
+
+
+def _wait_for_all(name: str) -> None:
+  """Waits until every process is here; a no-op with one."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _train(
+    experiment: Experiment,
+    folder: pathlib.Path,
+    checkpointer: checkpoint.Checkpointer,
+) -> None:
+  """Restores what there is, runs the rounds that are left, writes a summary."""
   s = experiment.settings
-  state = initial_state(experiment)
-  with checkpoint.Checkpointer(
-      folder.checkpoints, keep_last=s.checkpoint.keep_last
-  ) as checkpointer:
-    restored = checkpointer.restore(checkpoint.abstract(state))
-    first = 0
-    if restored is not None:
-      first, state, _ = restored
-      _LOG.info("resuming at round %d", first)
-    with metrics_lib.MetricsWriter(
-        folder.path, resume_round=None if restored is None else first
-    ) as writer, contextlib.closing(
-        metrics_lib.Progress(s.rounds, first)
-    ) as progress:
-      if restored is None:
-        writer.write({"round": 0, **_evaluate(experiment, state)})
-        checkpointer.save(0, state)
-      state = _rounds(experiment, state, first, checkpointer, writer, progress)
-  summary = _summary(folder.path, s)
-  run_folder.write_json(folder.path / "summary.json", summary)
-  return summary
+  state = experiment.initial_state()
+  restored = checkpointer.restore(checkpoint.abstract(state))
+  first = 0
+  _LOG.info("%d lanes", experiment.num_lanes)
+  if restored is not None:
+    first, state, _ = restored
+    _LOG.info("resuming at round %d", first)
+  with contextlib.ExitStack() as stack:
+    log = _Log(None, None)
+    if jax.process_index() == 0:
+      log = _Log(
+          stack.enter_context(
+              metrics_lib.MetricsWriter(
+                  folder, resume_round=None if restored is None else first
+              )
+          ),
+          stack.enter_context(
+              contextlib.closing(metrics_lib.Progress(s.rounds, first))
+          ),
+      )
+    if restored is None:
+      log.write({"round": 0, **_evaluate(experiment, state)})
+      checkpointer.save(0, state)
+    _rounds(experiment, state, first, checkpointer, log)
+  checkpointer.wait()
+  if jax.process_index() == 0:
+    run_folder.write_json(folder / "summary.json", _summary(folder, s))
+  _wait_for_all("summary")
 
 
-def _rounds(experiment, state, first, checkpointer, writer, progress):
-  """Runs rounds [first, settings.rounds) and returns the last state."""
+class _Log(NamedTuple):
+  """Where process 0 reports; the others say nothing."""
+
+  writer: metrics_lib.MetricsWriter | None
+  progress: metrics_lib.Progress | None
+
+  def write(self, line: dict[str, Any]) -> None:
+    if self.writer is not None:
+      self.writer.write(line)
+
+  def update(self, done: int, **values: float) -> None:
+    if self.progress is not None:
+      self.progress.update(done, **values)
+
+
+def _rounds(experiment, state, first, checkpointer, log) -> None:
+  """Runs rounds [first, settings.rounds)."""
   s, base = experiment.settings, experiment.base
   up, down = experiment.algorithm.bytes_per_client(state)
   began = time.perf_counter()
@@ -175,10 +247,10 @@ def _rounds(experiment, state, first, checkpointer, writer, progress):
     last = done == s.rounds
     if last or done % s.eval.every == 0:
       line |= _evaluate(experiment, state)
-    writer.write(line)
+    log.write(line)
     if last or done % s.checkpoint.every == 0:
       checkpointer.save(done, state)
-    progress.update(
+    log.update(
         done,
         loss=metrics["train/loss"],
         tokens_per_second=line["time/tokens_per_second"],
@@ -190,7 +262,6 @@ def _rounds(experiment, state, first, checkpointer, writer, progress):
           int(metrics["clients/nonfinite"]),
       )
     began = time.perf_counter()
-  return state
 
 
 def _evaluate(experiment: Experiment, state: ServerState) -> dict[str, float]:

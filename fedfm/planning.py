@@ -1,7 +1,6 @@
 """Chooses a run's lanes and buffer sizes from the cohorts it will see."""
 
 from collections.abc import Sequence
-import logging
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,7 +11,6 @@ from fedfm.data.sampling import Sampler
 from fedfm.data.source import ClientSource
 from fedfm.settings import Settings
 
-_LOG = logging.getLogger("fedfm")
 # Rounds whose cohorts are planned, to choose the sizes that are compiled.
 _PLANNED_ROUNDS = 200
 
@@ -28,7 +26,9 @@ def pack_options(settings: Settings) -> dict[str, Any]:
   }
 
 
-def _client_steps(settings: Settings, source: ClientSource, ids: Sequence[str]) -> list[int]:
+def _client_steps(
+    settings: Settings, source: ClientSource, ids: Sequence[str]
+) -> list[int]:
   return [
       packing.steps_per_client(source.size(i), **pack_options(settings))
       for i in ids
@@ -62,9 +62,7 @@ def choose_lanes(
     return lanes
   steps = _client_steps(settings, source, sampler.sample(0))
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  lanes = packing.auto_lanes(steps, axis, on_cpu)
-  _LOG.info("lanes: auto chose %d for %d clients", lanes, len(steps))
-  return lanes
+  return packing.auto_lanes(steps, axis, on_cpu)
 
 
 def plan_buckets(

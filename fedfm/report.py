@@ -1,8 +1,8 @@
 """Tables and plots of finished runs."""
 
 from collections.abc import Mapping, Sequence
-import pathlib
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,35 +52,45 @@ def table(
   return "\n".join([line(columns), f"|{rule}|", *map(line, cells)])
 
 
-def plot_lines(
-  path: str | pathlib.Path,
-  series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-  *,
-  xlabel: str,
-  ylabel: str,
-  title: str = "",
-) -> None:
-  """Draws one line per series into a file; needs no display.
+class Panel(NamedTuple):
+  """One pair of axes of a plot.
 
-  Args:
-    path: The file; its ending (`.png`, `.svg`, `.pdf`) says the format.
+  Attributes:
     series: Label -> (xs, ys) of equal length; None and NaN leave a gap.
     xlabel: What x is, with its unit.
     ylabel: What y is, with its unit.
     title: Heading, if any.
   """
+
+  series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
+  xlabel: str
+  ylabel: str
+  title: str = ""
+
+
+def plot_lines(path: str | os.PathLike, *panels: Panel) -> None:
+  """Draws panels side by side into a file, a line a series; needs no display.
+
+  Args:
+    path: The file; its ending (`.png`, `.svg`, `.pdf`) says the format.
+    *panels: What to draw, left to right.
+  """
   from matplotlib import figure  # Slow to import, and few callers draw.
 
-  canvas = figure.Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-  axes = canvas.add_subplot()
-  for label, (xs, ys) in series.items():
-    marker = "o" if len(xs) < 20 else None
-    axes.plot(xs, np.asarray(ys, dtype=float), label=label, marker=marker, ms=3)
-  axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-  axes.grid(alpha=0.3)
-  axes.spines[["top", "right"]].set_visible(False)
-  if len(series) > 1:
-    axes.legend(frameon=False)
+  canvas = figure.Figure(
+    figsize=(6.4 * len(panels), 4.0), dpi=150, layout="constrained"
+  )
+  for index, panel in enumerate(panels):
+    axes = canvas.add_subplot(1, len(panels), index + 1)
+    for label, (xs, ys) in panel.series.items():
+      marker = "o" if len(xs) < 20 else None
+      values = np.asarray(ys, dtype=float)
+      axes.plot(xs, values, label=label, marker=marker, ms=3)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(panel.series) > 1:
+      axes.legend(frameon=False)
   canvas.savefig(path)
 
 

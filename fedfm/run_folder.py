@@ -77,13 +77,7 @@ def claim(
   path = pathlib.Path(workdir).absolute()
   try:
     path.mkdir(parents=True, exist_ok=True)
-    ours = (CONFIG, LOCK, CONFIG + _TEMPORARY)
-    others = sorted(p.name for p in path.iterdir() if p.name not in ours)
-    if others and not (path / CONFIG).exists():
-      raise errors.CheckpointError(
-        f"workdir: {path} is not a run (no {CONFIG}) and not empty (has "
-        f"{others[0]!r}), expected a new folder or a run's"
-      )
+    _check_is_run(path)
     lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
   except OSError as e:
     raise errors.CheckpointError(
@@ -96,6 +90,42 @@ def claim(
     os.close(lock)
     raise
   return RunFolder(path, lock, resumed)
+
+
+def check(
+  workdir: str | pathlib.Path,
+  config: dict[str, Any],
+  *,
+  may_change: Sequence[str] = ("rounds",),
+) -> None:
+  """Raises what `claim` would raise at once; touches nothing.
+
+  Args:
+    workdir: The run's folder, which may be missing.
+    config: As in `claim`.
+    may_change: As in `claim`.
+
+  Raises:
+    ConfigError: The folder holds a run with another config.
+    CheckpointError: `workdir` is a file, cannot be written, or holds something
+      other than a run.
+  """
+  path = pathlib.Path(workdir).absolute()
+  existing = path
+  while not existing.exists():
+    existing = existing.parent
+  if not existing.is_dir():
+    raise errors.CheckpointError(
+      f"workdir: {path} cannot be written: {existing} is a file"
+    )
+  if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+    raise errors.CheckpointError(
+      f"workdir: {path} cannot be written: no permission in {existing}"
+    )
+  if existing == path:
+    _check_is_run(path)
+    if (path / CONFIG).exists():
+      _differing(path / CONFIG, config, may_change)
 
 
 def write_json(path: str | pathlib.Path, obj: Any) -> None:
@@ -159,6 +189,17 @@ def read_json(path: str | pathlib.Path) -> Any:
     raise errors.CheckpointError(f"{path}: not JSON: {e}") from e
 
 
+def _check_is_run(path: pathlib.Path) -> None:
+  """Raises CheckpointError if the folder holds things, but not a run."""
+  ours = (CONFIG, LOCK, CONFIG + _TEMPORARY)
+  others = sorted(p.name for p in path.iterdir() if p.name not in ours)
+  if others and not (path / CONFIG).exists():
+    raise errors.CheckpointError(
+      f"workdir: {path} is not a run (no {CONFIG}) and not empty (has "
+      f"{others[0]!r}), expected a new folder or a run's"
+    )
+
+
 def _lock(lock: int, path: pathlib.Path) -> None:
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,6 +223,13 @@ def _settle_config(file, config, may_change) -> bool:
   if not file.exists():
     write_json(file, config)
     return False
+  if _differing(file, config, may_change):
+    write_json(file, config)
+  return True
+
+
+def _differing(file, config, may_change) -> list[str]:
+  """Names the fields that differ; raises where one of them may not."""
   stored = dict(_flatten(read_json(file)))
   # Through JSON, so that tuples and lists compare equal.
   given = dict(_flatten(json.loads(json.dumps(config))))
@@ -200,9 +248,7 @@ def _settle_config(file, config, may_change) -> bool:
     raise errors.ConfigError(
       f"{file}: the run was started with another config: {'; '.join(refused)}"
     )
-  if differing:
-    write_json(file, config)
-  return True
+  return differing
 
 
 def _flatten(obj: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -286,14 +286,19 @@ _AT_LEAST = {
 }
 _RATES = (
     "client.learning_rate",
-    "client.momentum",
     "client.weight_decay",
     "client.clip_norm",
     "client.proximal",
     "server.learning_rate",
-    "server.momentum",
     "server.tau",
     "adapter.alpha",
+)
+
+_SHARES = (
+    "client.momentum",
+    "server.momentum",
+    "data.unseen_fraction",
+    "data.heldout_fraction",
 )
 
 
@@ -329,10 +334,14 @@ def check(settings: Settings) -> None:
       raise errors.ConfigError(
           f"{path}: got {value}, expected a finite number of at least 0"
       )
-  for path in ("data.unseen_fraction", "data.heldout_fraction"):
+  for path in _SHARES:
     value = get(settings, path)
     if not 0 <= value < 1:
       raise errors.ConfigError(f"{path}: got {value}, expected 0 <= x < 1")
+  if settings.data.name == "jsonl" and not settings.data.path:
+    raise errors.ConfigError(
+        "data.path: got '', but data.name 'jsonl' expects a file"
+    )
   lanes = settings.lanes
   if lanes != "auto" and (not isinstance(lanes, int) or lanes < 1):
     raise errors.ConfigError(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from fedfm import errors
+from fedfm import trees
 
 MESH_AXES = ("clients", "fsdp", "tensor")
 PyTree = Any
@@ -196,6 +197,44 @@ def shardings(
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_axes)
+
+
+def shardings_like(
+    mesh: Mesh, tree: PyTree, reference: PyTree, reference_shardings: PyTree
+) -> PyTree:
+  """Shards a tree that holds copies of another: optimizer moments, a trainable.
+
+  A leaf whose path ends with that of a reference leaf of the same shape is
+  sharded like it; every other leaf is replicated.
+
+  Args:
+    mesh: The mesh.
+    tree: Arrays or shapes to find shardings for.
+    reference: Arrays or shapes, such as a model's parameters.
+    reference_shardings: A `NamedSharding` per leaf of `reference`.
+
+  Returns:
+    A tree like `tree` of `NamedSharding`.
+  """
+  known = {
+      path: (leaf.shape, leaf_sharding)
+      for path, leaf, leaf_sharding in zip(
+          trees.paths(reference),
+          jax.tree.leaves(reference),
+          jax.tree.leaves(reference_shardings),
+      )
+  }
+
+  def one(path, leaf):
+    parts = path.split("/")
+    for i in range(len(parts)):
+      shape, found = known.get("/".join(parts[i:]), (None, None))
+      if shape == leaf.shape:
+        return found
+    return NamedSharding(mesh, jax.P())
+
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef.unflatten(map(one, trees.paths(tree), leaves))
 
 
 def constrain(

@@ -13,11 +13,26 @@ import sys
 from typing import Any
 
 from absl import flags
+import jax
 import ml_collections
 
 from fedfm import errors
 from fedfm import settings
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Run as one of several processes; TPU pods, SLURM and GKE are detected.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where it is not detected."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes, where that is not detected."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "This process, where that is not detected."
+)
 _OVERRIDES: list[tuple[str, str]] = []
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -32,15 +47,40 @@ def run(main: Callable[[], None]) -> None:
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   logging.getLogger("fedfm").setLevel(logging.INFO)
   try:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+      print(sys.modules["__main__"].__doc__)
+      print(flags.FLAGS.main_module_help())
+      return
     argv = flags.FLAGS(_take_overrides(sys.argv))
     if len(argv) > 1:
       raise errors.ConfigError(f"arguments: {argv[1]!r} is not a flag")
+    _start_processes()
     main()
   except (flags.Error, errors.FedFMError) as e:
     _bad_input(e)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
+
+
+def _start_processes() -> None:
+  """Joins the other processes, before anything else touches jax."""
+  given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if not _DISTRIBUTED.value and given == (None, None, None):
+    return
+  if given != (None, None, None) and None in given:
+    raise errors.ConfigError(
+        "--coordinator, --num_processes and --process_id go together, got "
+        f"{given}"
+    )
+  if given[2] is not None and not 0 <= given[2] < given[1]:
+    raise errors.ConfigError(
+        f"--process_id: got {given[2]}, expected 0 to {given[1] - 1}"
+    )
+  try:
+    jax.distributed.initialize(*given)
+  except (RuntimeError, ValueError) as e:
+    raise errors.ConfigError(f"--distributed: {e}") from None
 
 
 def _bad_input(error: Exception) -> None:
@@ -81,7 +121,22 @@ def load_config(path: str) -> dict[str, Any]:
     ConfigError: A missing, empty or failing file, an unknown field, or a value
       of another type.
   """
-  config = _read(path)
+  return overrides(_read(path))
+
+
+def overrides(config: dict[str, Any] | None = None) -> dict[str, Any]:
+  """Sets the fields that the command line gives.
+
+  Args:
+    config: A nested dict of fields, changed in place; default an empty one.
+
+  Returns:
+    The dict.
+
+  Raises:
+    ConfigError: An unknown field, or a value of another type.
+  """
+  config = {} if config is None else config
   for field, value in _OVERRIDES:
     kind = settings.field_type(field)
     if not isinstance(kind, type) or not hasattr(kind, "__dataclass_fields__"):
@@ -90,6 +145,10 @@ def load_config(path: str) -> dict[str, Any]:
     *parents, name = field.split(".")
     for parent in parents:
       group = group.setdefault(parent, {})
+      if not isinstance(group, dict):
+        raise errors.ConfigError(
+            f"{field}: the config has {parent} = {group!r}, expected fields"
+        )
     group[name] = value
   return config
 
@@ -104,22 +163,18 @@ def _read(path: str) -> dict[str, Any]:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    config = module.get_config()
-  except AttributeError as e:
     if not hasattr(module, "get_config"):
+      raise errors.ConfigError(f"--config: {path} has no get_config()")
+    config = module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
       raise errors.ConfigError(
-          f"--config: {path} has no get_config()"
-      ) from None
-    raise errors.ConfigError(f"--config: {path} failed: {e}") from None
+          f"--config: get_config() of {path} returned "
+          f"{type(config).__name__}, expected a ConfigDict"
+      )
+    return config.to_dict()
   except errors.FedFMError:
     raise
-  except Exception as e:  # A config file is the user's own code.
+  except (Exception, SystemExit) as e:  # A config file is the user's own code.
     raise errors.ConfigError(
         f"--config: {path} failed: {type(e).__name__}: {e}"
     ) from None
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise errors.ConfigError(
-        f"--config: get_config() of {path} returned {type(config).__name__}, "
-        "expected a ConfigDict"
-    )
-  return config.to_dict()

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedfm import errors
-from fedfm import sharding
-from fedfm import trees
-from fedfm.models.decoder import DecoderConfig, decoder
+from fedfm import errors, sharding, trees
 from fedfm.models import losses
+from fedfm.models.decoder import DecoderConfig, decoder
 
 CONFIG = DecoderConfig(
   vocab_size=16,
@@ -75,8 +73,8 @@ def reference(config, params, tokens):
       seen_keys[n].append([rotate(k, position) for k in keys])
       seen_values[n].append(heads(y @ layers["v_proj"][n], config.num_kv_heads))
       outs = []
-      for h, query in enumerate(queries):
-        query = rotate(query, position)
+      for h, unrotated in enumerate(queries):
+        query = rotate(unrotated, position)
         scores = np.array(
           [
             query @ k[h // group] / math.sqrt(config.head_dim)

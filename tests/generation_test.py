@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedfm import errors
-from fedfm import sharding
+from fedfm import errors, sharding
 from fedfm.models import generation
 from fedfm.models.decoder import DecoderConfig, decoder
 

@@ -1,92 +1,19 @@
 """Hugging Face folders: written by hand, read, written, read again."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
+from llama_folder import CONFIG, tensors, write
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from fedfm import errors
-from fedfm import sharding
+from fedfm import errors, sharding
 from fedfm.models import huggingface
-from fedfm.models import linen
 from fedfm.models.decoder import DecoderConfig, decoder
-
-CONFIG = {
-  "architectures": ["LlamaForCausalLM"],
-  "model_type": "llama",
-  "hidden_act": "silu",
-  "hidden_size": 16,
-  "intermediate_size": 24,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 8,
-  "num_key_value_heads": 4,
-  "head_dim": 4,
-  "vocab_size": 16,
-  "max_position_embeddings": 64,
-  "rms_norm_eps": 1e-5,
-  "rope_theta": 500.0,
-  "rope_scaling": None,
-  "tie_word_embeddings": False,
-  "torch_dtype": "float32",
-}
-
-
-def tensors(dtype=np.float32, tied=False):
-  """What a Llama file holds, by the names and shapes of transformers."""
-  rng = np.random.default_rng(0)
-  shapes = {
-    "model.embed_tokens.weight": (16, 16),
-    "model.norm.weight": (16,),
-    "lm_head.weight": (16, 16),
-  }
-  for i in range(2):
-    layer = f"model.layers.{i}."
-    shapes |= {
-      layer + "input_layernorm.weight": (16,),
-      layer + "post_attention_layernorm.weight": (16,),
-      layer + "self_attn.q_proj.weight": (32, 16),
-      layer + "self_attn.k_proj.weight": (16, 16),
-      layer + "self_attn.v_proj.weight": (16, 16),
-      layer + "self_attn.o_proj.weight": (16, 32),
-      layer + "mlp.gate_proj.weight": (24, 16),
-      layer + "mlp.up_proj.weight": (24, 16),
-      layer + "mlp.down_proj.weight": (16, 24),
-    }
-  if tied:
-    del shapes["lm_head.weight"]
-  return {k: rng.normal(size=s).astype(dtype) for k, s in shapes.items()}
-
-
-def write(folder, values=None, **fields):
-  """Writes a folder with the reference library."""
-  values = tensors() if values is None else values
-  (folder / "config.json").write_text(json.dumps(CONFIG | fields))
-  safetensors_numpy.save_file(
-    values, folder / "model.safetensors", metadata={"format": "pt"}
-  )
-
-
-def write_shards(folder, values=None):
-  """Writes two shards and their index."""
-  values = tensors() if values is None else values
-  (folder / "config.json").write_text(json.dumps(CONFIG))
-  files = [
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-  ]
-  weight_map = {n: files[i % 2] for i, n in enumerate(sorted(values))}
-  for file in files:
-    part = {n: values[n] for n, f in weight_map.items() if f == file}
-    safetensors_numpy.save_file(part, folder / file)
-  index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  return index
 
 
 def read_all(folder):
@@ -203,18 +130,9 @@ def test_index_of_saved_shards_names_each_tensor(tmp_path):
       f.get_tensor(name)  # Raises if it is not there.
 
 
-def test_shards_equal_one_file(tmp_path):
-  one, two = tmp_path / "one", tmp_path / "two"
-  one.mkdir(), two.mkdir()
-  write(one), write_shards(two)
-  a, b = (huggingface.load(x)[1] for x in (one, two))
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-    np.testing.assert_array_equal(x, y)
-
-
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1)], ids=str)
 def test_sharded_load_equals_unsharded(tmp_path, shape):
-  write_shards(tmp_path)
+  write(tmp_path)
   model, want = huggingface.load(tmp_path)
   mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape)))
   _, got = huggingface.load(tmp_path, mesh=mesh)
@@ -345,149 +263,3 @@ def test_harmless_extras_are_ignored(tmp_path):
   values["lm_head.weight"][0, 0] += 1
   write(tmp_path, values, tie_word_embeddings=True)
   refuse(tmp_path, "lm_head.weight", "not part of the model")
-
-
-@pytest.mark.parametrize(
-  "fields,words",
-  [
-    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2", "LlamaForCausalLM"]),
-    ({"architectures": None, "model_type": "bert"}, ["LlamaForCausalLM"]),
-    ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling", "llama3"]),
-    ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "linear"]),
-    ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
-    ({"rope_parameters": 3}, ["rope_parameters"]),
-    ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-    ({"attention_bias": True}, ["attention_bias"]),
-    ({"quantization_config": {}}, ["quantization_config"]),
-    ({"hidden_size": None}, ["hidden_size", "missing"]),
-    ({"hidden_size": "16"}, ["hidden_size", "'16'", "int"]),
-    ({"num_hidden_layers": True}, ["num_hidden_layers"]),
-    ({"num_attention_heads": 0}, ["num_heads"]),
-    ({"num_hidden_layers": 3}, ["model.layers.2.", "missing"]),
-    ({"num_hidden_layers": 1}, ["model.layers.1.", "not part"]),
-    ({"tie_word_embeddings": True}, ["lm_head", "not part"]),
-    ({"vocab_size": 15}, ["embed_tokens", "[16, 16]", "[15, 16]"]),
-  ],
-  ids=str,
-)
-def test_bad_configs_are_refused(tmp_path, fields, words):
-  write(tmp_path, **fields)
-  refuse(tmp_path, str(tmp_path), *words)
-
-
-@pytest.mark.parametrize(
-  "text,words",
-  [
-    ("{", ["config.json", "JSON"]),
-    ("[1]", ["config.json", "object"]),
-    ('{"vocab_size": 1, "vocab_size": 2}', ["'vocab_size' is given twice"]),
-    ("[" * 100_000, ["config.json"]),
-  ],
-  ids=["cut", "list", "twice", "deep"],
-)
-def test_malformed_config_is_refused(tmp_path, text, words):
-  write(tmp_path)
-  (tmp_path / "config.json").write_text(text)
-  refuse(tmp_path, *words)
-
-
-def test_missing_pieces_are_named(tmp_path):
-  refuse(tmp_path, "config.json", "no such file")
-  write(tmp_path)
-  (tmp_path / "model.safetensors").unlink()
-  refuse(tmp_path, "neither", "model.safetensors")
-
-
-def change(name, value):
-  """Returns a damage: one tensor replaced, or removed for None."""
-
-  def damage(values):
-    del values[name]
-    if value is not None:
-      values[name] = value
-
-  return damage
-
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-NAN = np.full((32, 16), np.nan, np.float32)
-
-
-@pytest.mark.parametrize(
-  "damage,words",
-  [
-    (change(Q, None), [Q, "missing"]),
-    (change(Q, np.ones((16, 32), "f4")), [Q, "[16, 32]", "[32, 16]", "trans"]),
-    (change(Q, np.ones((32, 8), "f4")), [Q, "[32, 8]", "[32, 16]"]),
-    (change(Q, np.ones((32, 16), "i4")), [Q, "I32"]),
-    (change(Q, NAN), [Q, "NaN"]),
-    (change(Q, NAN.astype(ml_dtypes.bfloat16)), [Q, "NaN"]),
-    (lambda values: values.update(more=np.ones(2, "f4")), ["more", "not part"]),
-  ],
-  ids=[
-    "missing",
-    "transposed",
-    "shape",
-    "integers",
-    "nan",
-    "bf16 nan",
-    "extra",
-  ],
-)
-def test_damaged_tensors_are_refused(tmp_path, damage, words):
-  values = tensors()
-  damage(values)
-  write(tmp_path, values)
-  refuse(
-    tmp_path, "model.safetensors" if "missing" not in words else "", *words
-  )
-
-
-def test_nan_is_found_in_every_slice_and_overflow_is_too(tmp_path):
-  values = tensors()
-  values[Q] = np.zeros((32, 16), np.float32)
-  values[Q][31, 15] = np.nan
-  write(tmp_path, values)
-  refuse(tmp_path, Q, mesh=sharding.make_mesh({"fsdp": 4, "tensor": 2}))
-  values[Q][31, 15] = 1e6
-  write(tmp_path, values)
-  refuse(tmp_path, Q, "float16", dtype="float16")
-
-
-@pytest.mark.parametrize(
-  "options,words",
-  [
-    ({"scan_layer": True}, ["scan_layer", "did you mean 'scan_layers'"]),
-    ({"remat": "all"}, ["remat"]),
-    ({"dtype": "int8"}, ["dtype", "int8", "bfloat16"]),
-    ({"compute_dtype": "fp32"}, ["compute_dtype"]),
-    ({"param_dtype": "float32"}, ["param_dtype"]),
-  ],
-)
-def test_bad_options_are_refused(tmp_path, options, words):
-  write(tmp_path)
-  refuse(tmp_path, *words, error=errors.ConfigError, **options)
-
-
-def test_save_refuses_what_is_not_the_model(tmp_path):
-  write(tmp_path)
-  model, params = huggingface.load(tmp_path)
-
-  def refuse_save(model, params, *words, folder=tmp_path / "out", **options):
-    with pytest.raises(errors.CheckpointError) as e:
-      huggingface.save(folder, model, params, **options)
-    assert "\n" not in str(e.value)
-    assert all(word in str(e.value) for word in words), str(e.value)
-
-  less = {k: v for k, v in params.items() if k != "lm_head"}
-  refuse_save(model, less, "lm_head", "(16, 16)")
-  refuse_save(model, params | {"b": params["embed"]}, "b has shape")
-  refuse_save(
-    model, params | {"embed": params["embed"][:3]}, "embed", "(3, 16)"
-  )
-  refuse_save(linen.Model(None, None, None), {}, "only decoders")
-  refuse_save(
-    model, params, "other weights", folder=tmp_path, max_shard_bytes=1
-  )
-  assert not pathlib.Path(tmp_path / "out").exists()
-  huggingface.save(tmp_path, model, params)  # Over its own files is fine.

@@ -6,10 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedfm import errors
-from fedfm import sharding
-from fedfm.models import linen
-from fedfm.models import losses
+from fedfm import errors, sharding
+from fedfm.models import linen, losses
 
 
 class Mlp(nn.Module):

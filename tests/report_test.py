@@ -33,7 +33,8 @@ def test_plot_is_a_png_with_gaps_allowed(tmp_path):
     "a": ([0, 1, 2], [1.0, None, 0.5]),
     "b": (np.arange(30), [0.1] * 30),
   }
-  report.plot_lines(path, series, xlabel="round", ylabel="loss", title="t")
+  panel = report.Panel(series, xlabel="round", ylabel="loss", title="t")
+  report.plot_lines(path, panel, panel)
   assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 

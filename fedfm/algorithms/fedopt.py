@@ -98,7 +98,7 @@ def fedopt(
     loss: LossFn,
     *,
     client_optimizer: local.ClientOptimizer,
-    server_optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation | None = None,
     **options,
 ) -> FederatedAlgorithm:
   """Applies any optax optimizer to the pseudo-gradient.
@@ -106,7 +106,8 @@ def fedopt(
   Args:
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
-    server_optimizer: Any optax transformation; it sees the negative mean delta.
+    server_optimizer: Any optax transformation; it sees the negative mean
+      delta. Default `optax.sgd(1.0)`, which is FedAvg.
     **options: Those of `fedavg`.
 
   Returns:

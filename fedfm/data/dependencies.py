@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import hashlib
 import importlib.metadata
 import pathlib
+import sysconfig
 
 _SHINGLE_LINES = 3
 _MIN_BYTES = 512
@@ -18,7 +19,7 @@ _EXCLUDED = ("importlib_", "backports", "typing_extensions", "zipp", "tomli")
 
 
 def shingles(text: str) -> set[int]:
-  """Hashes of each run of three non-trivial lines, white space stripped.
+  """Hashes each run of three non-trivial lines, white space stripped.
 
   Args:
     text: A source file.
@@ -72,6 +73,20 @@ def source_files(
       except UnicodeDecodeError:
         continue
   return sorted(found)
+
+
+def standard_library_texts() -> list[str]:
+  """Reads all of the running Python's standard library, its tests included.
+
+  Returns:
+    The texts of its source files; undecodable bytes are dropped.
+  """
+  root = pathlib.Path(sysconfig.get_path("stdlib"))
+  return [
+    path.read_text(encoding="utf-8", errors="ignore")
+    for path in sorted(root.rglob("*.py"))
+    if "site-packages" not in path.parts
+  ]
 
 
 def without_copies(

@@ -9,8 +9,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 from fedfm import errors
-from fedfm.models.decoder import DecoderConfig
 from fedfm.models import tensor_files
+from fedfm.models.decoder import DecoderConfig
 
 _REQUIRED = object()
 

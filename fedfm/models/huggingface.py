@@ -19,12 +19,9 @@ from jax.sharding import Mesh
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from fedfm import errors
-from fedfm import sharding
-from fedfm import trees
+from fedfm import errors, sharding, trees
+from fedfm.models import families, tensor_files
 from fedfm.models.decoder import DecoderConfig, decoder
-from fedfm.models import families
-from fedfm.models import tensor_files
 from fedfm.models.model import Model
 
 PyTree = Any
@@ -81,9 +78,7 @@ def load(
           f"{directory}: {leaf.sources[0].name} would be float64, which needs"
           " jax_enable_x64; give dtype='float32'"
         )
-  model = decoder(
-    dataclasses.replace(config, param_dtype=leaves[0].dtype)
-  )
+  model = decoder(dataclasses.replace(config, param_dtype=leaves[0].dtype))
   treedef = jax.tree.structure(model.shapes)
   shapes = treedef.unflatten(
     [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 from flax import linen as nn
+import jax
 
 from fedfm import errors
 from fedfm.models.model import Model

@@ -1,0 +1,74 @@
+"""Text in, text out: continues a prompt with a model, adapted or not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedfm import errors
+from fedfm.data.tokenizers import Tokenizer
+from fedfm.models import generation
+from fedfm.models.model import Model
+
+PyTree = Any
+
+
+def generate_text(
+    model: Model,
+    params: tuple[PyTree, ...],
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    apply: Callable[..., Any] | None = None,
+    **sampling: Any,
+) -> str:
+  """Continues a text.
+
+  Args:
+    model: The model, with a key/value cache.
+    params: Leading arguments of `apply`.
+    tokenizer: The tokenizer that the model was trained with.
+    prompt: The text to continue; may be empty.
+    max_new_tokens: Most tokens to add; an `eos` ends earlier.
+    seed: Of the sampling, in [0, 2**32).
+    apply: Default `model.apply`; with an adapter, `adapter.apply` and
+      `params = (base, trainable)`.
+    **sampling: `temperature`, `top_k` and `top_p` of `generation.generate`.
+
+  Returns:
+    What was added, without the prompt.
+
+  Raises:
+    ConfigError: An option out of range, or more tokens than the model's
+      longest sequence.
+    DataError: A vocabulary smaller than the tokenizer's.
+  """
+  if not 0 <= seed < 2**32:
+    raise errors.ConfigError(f"seed: got {seed}, expected 0 <= seed < 2**32")
+  if tokenizer.vocab_size > model.config.vocab_size:
+    raise errors.DataError(
+        f"model: vocabulary of {model.config.vocab_size} is smaller than "
+        f"the tokenizer's {tokenizer.vocab_size}"
+    )
+  tokens = np.asarray([tokenizer.bos, *tokenizer.encode(prompt)])
+  longest = model.config.max_length
+  if len(tokens) + max_new_tokens > longest:
+    raise errors.ConfigError(
+        f"max_new_tokens: got {max_new_tokens} after a prompt of {len(tokens)} "
+        f"tokens, but the model's longest sequence is {longest}"
+    )
+  generated = generation.generate(
+      apply or model.apply,
+      model.init_cache,
+      params,
+      tokens[None],
+      max_new_tokens=max_new_tokens,
+      key=jax.random.key(seed),
+      eos=tokenizer.eos,
+      **sampling,
+  )
+  length = int(generated.lengths[0])
+  return tokenizer.decode(np.asarray(generated.tokens[0, :length]))

@@ -1,0 +1,131 @@
+"""Tiny problems, and a round as a plain Python loop to hold the engine to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedfm import data
+from fedfm.data import packing
+from fedfm.types import ServerState
+
+# Heavy-tailed, with one client smaller than a batch and partial last batches.
+SIZES = (21, 9, 6, 4, 3, 2, 1, 1)
+BATCH = 4
+
+
+def client_ids(sizes=SIZES):
+  """Names of the clients, one per size."""
+  return [f"client {i}" for i in range(len(sizes))]
+
+
+def mlp_source(sizes=SIZES, features=5, dtype=np.float32):
+  """Clients with examples x [features] and targets y, each of its own kind."""
+  clients = {}
+  for index, size in enumerate(sizes):
+    rng = np.random.default_rng([7, index])
+    clients[f"client {index}"] = {
+        "x": (rng.normal(size=(size, features)) + index % 3).astype(dtype),
+        "y": rng.normal(size=size).astype(dtype),
+    }
+  return data.from_arrays(clients)
+
+
+def mlp_params(features=5, hidden=6, dtype=jnp.float32):
+  """A user's own pytree, with a list and a tuple in it."""
+  rng = np.random.default_rng(3)
+  draw = lambda *shape: jnp.asarray(0.5 * rng.normal(size=shape), dtype)
+  return {"in": [draw(features, hidden), draw(hidden)], "out": (draw(hidden),)}
+
+
+def mlp_loss(params, base, batch, key):
+  """Mean squared error of an MLP with noise on its hidden layer."""
+  w, b = params["in"]
+  hidden = jnp.tanh(batch["x"] @ w + b + base["shift"])
+  noise = jax.random.normal(key, hidden.shape, hidden.dtype)
+  y = (hidden * (1 + 0.1 * noise)) @ params["out"][0]
+  count = jnp.sum(batch["mask"])
+  squares = jnp.square(y - batch["y"]) * batch["mask"]
+  return jnp.sum(squares) / jnp.maximum(count, 1), {}
+
+
+def mlp_base(dtype=jnp.float32):
+  """The frozen part of the MLP."""
+  return {"shift": jnp.asarray(0.1, dtype)}
+
+
+def client_batches(examples, batch_size=BATCH, epochs=1):
+  """Yields a client's padded batches in stored order."""
+  size = len(next(iter(examples.values())))
+  for _ in range(epochs):
+    for begin in range(0, size, batch_size):
+      rows = {k: x[begin : begin + batch_size] for k, x in examples.items()}
+      count = len(next(iter(rows.values())))
+      batch = {
+          k: np.concatenate(
+              [x, np.zeros((batch_size - count, *x.shape[1:]), x.dtype)]
+          )
+          for k, x in rows.items()
+      }
+      yield batch | {"mask": np.arange(batch_size) < count}
+
+
+def client_delta(
+    loss, optimizer, trainable, base, source, client_id, *, round_index=0,
+    seed=0, epochs=1, batch_size=BATCH,
+):  # fmt: skip
+  """One client, by a plain loop of optax steps; returns its delta."""
+  key = jax.random.fold_in(jax.random.key(seed), round_index)
+  for word in packing.id_hash(client_id):
+    key = jax.random.fold_in(key, word)
+
+  @jax.jit
+  def step(params, state, batch, index):
+    batch = batch | {"mask": batch["mask"].astype(jnp.float32)}
+    grads = jax.grad(lambda p: loss(
+        p, base, batch, jax.random.fold_in(key, index)
+    )[0])(params)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = trainable, optimizer.init(trainable)
+  batches = client_batches(source.read(client_id), batch_size, epochs)
+  for index, batch in enumerate(batches):
+    params, state = step(params, state, batch, index)
+  return jax.tree.map(jnp.subtract, params, trainable)
+
+
+def flat(tree):
+  """All leaves as one float64 vector."""
+  return np.concatenate(
+      [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+  )
+
+
+def relative_error(new, expected, old):
+  """Error of the update new - old, relative to the norm of the expected one."""
+  new, expected, old = flat(new), flat(expected), flat(old)
+  return np.linalg.norm(new - expected) / np.linalg.norm(expected - old)
+
+
+def state_bytes(state: ServerState):
+  """The bytes of every leaf, to compare states bitwise."""
+  return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+
+
+def with_weights(cohort, weights):
+  """Sets the weights of a one-process cohort's clients, in order of ids."""
+  weight = np.array(cohort.weight)
+  for position, value in weights.items():
+    weight.reshape(-1)[cohort.order[position]] = value
+  return dataclasses.replace(cohort, weight=weight)
+
+
+def rows_of(cohort, position):
+  """Index of the steps of one client: (lane, slice of steps)."""
+  lane, slot = divmod(int(cohort.order[position]), cohort.row.shape[1])
+  begins = np.flatnonzero(cohort.start[lane])
+  begin = int(begins[slot])
+  return lane, slice(begin, begin + int(cohort.num_steps[lane, slot]))
