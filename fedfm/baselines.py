@@ -1,15 +1,16 @@
 """What federation is measured against: training alone, and on pooled data.
 
 Both start from the experiment's initial trainable and use its client optimizer
-and batch size. `client.schedule` runs over their steps instead of rounds.
+and batch size; `client.schedule` runs over their steps instead of rounds.
 """
 
 from collections.abc import Iterator, Sequence
+import functools
 import logging
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
@@ -19,28 +20,21 @@ from fedfm import data
 from fedfm import errors
 from fedfm import evaluation
 from fedfm import planning
+from fedfm import sharding
 from fedfm import trees
 from fedfm.assembly import Experiment
-from fedfm.clients import engine
 from fedfm.data import packing
 from fedfm.data import sampling
 from fedfm.types import Aggregator
 
 PyTree = Any
 _LOG = logging.getLogger("fedfm")
-
-
-def _check_steps(name: str, steps: int) -> None:
-  if steps < 1:
-    raise errors.ConfigError(f"{name}: got {steps}, expected at least 1")
-
-
-def _optimizer(
-    experiment: Experiment, num_steps: int
-) -> optax.GradientTransformation:
-  c = experiment.settings.client
-  rate = choices.schedule(c.schedule, c.learning_rate, num_steps)
-  return choices.local_optimizer(c, rate)
+_KEEP_ALL = Aggregator(
+    init=lambda message: (),
+    add=None,
+    finish=lambda state, collected: (collected[0], state),
+    stacking=True,
+)
 
 
 def local_only(
@@ -59,13 +53,14 @@ def local_only(
 
   Raises:
     ConfigError: `local_steps` below 1.
-    DataError: An unknown or repeated client, or one without examples.
+    DataError: No client, or one that is unknown or repeated.
   """
-  _check_steps("local_steps", local_steps)
+  optimizer = _optimizer(experiment, "local_steps", local_steps)
   s, source = experiment.settings, experiment.data.train
+  source = data.subset(source, ids)
   options = planning.pack_options(s) | {"epochs": 1, "local_steps": None}
   epoch = [packing.steps_per_client(source.size(i), **options) for i in ids]
-  options["epochs"] = -(-local_steps // max(1, min(epoch)))
+  options["epochs"] = -(-local_steps // min(epoch))
   options["local_steps"] = local_steps
   packed = data.pack(
       source,
@@ -77,29 +72,19 @@ def local_only(
       process_count=jax.process_count(),
       **options,
   )
-  update = clients.local_update(
-      experiment.loss, _optimizer(experiment, local_steps)
-  )
-  keep_all = Aggregator(
-      init=lambda message: (),
-      add=None,
-      finish=lambda state, collected: (collected[0], state),
-      stacking=True,
-  )
+  update = clients.local_update(experiment.loss, optimizer)
 
   def run(trainable, base, cohort):
-    key = jax.random.key(s.seed)
-    result = engine.run_cohort(
-        update, keep_all, (), trainable, base, cohort, (), key, np.int32(0)
+    key, first = jax.random.key(s.seed), np.int32(0)
+    result = clients.run_cohort(
+        update, _KEEP_ALL, (), trainable, base, cohort, (), key, first
     )
-    deltas, _ = keep_all.finish((), result.collected)
-    stacked = jax.tree.map(
-        lambda w, delta: w + delta[: len(ids)], trainable, deltas
-    )
-    return stacked, result.nonfinite.sum()
+    deltas, _ = _KEEP_ALL.finish((), result.collected)
+    deltas = jax.tree.map(lambda x: x[: len(ids)], deltas)
+    return trees.add(trainable, deltas), result.nonfinite.sum()
 
   with jax.set_mesh(experiment.mesh):
-    stacked, nonfinite = jax.jit(run)(
+    stacked, nonfinite = jax.jit(run, out_shardings=_everywhere(experiment))(
         experiment.trainable,
         experiment.base,
         clients.put(packed, experiment.mesh),
@@ -109,23 +94,14 @@ def local_only(
   return stacked
 
 
-def _indices(num_rows: int, size: int, steps: int, seed: int) -> Iterator:
-  """Yields [size] rows a step, from one permutation after another."""
-  rows, epoch = np.zeros((0,), np.int64), 0
-  for _ in range(steps):
-    while len(rows) < size:
-      rng = sampling.generator("centralized", seed, epoch)
-      rows, epoch = np.append(rows, rng.permutation(num_rows)), epoch + 1
-    yield rows[:size]
-    rows = rows[size:]
-
-
 def centralized(experiment: Experiment, num_steps: int) -> PyTree:
   """Trains one model on the pooled data of all training clients.
 
+  All devices share each batch, as nothing is to be gained from lanes here.
+
   Args:
-    experiment: Gives the data, the loss and the client settings. Its rows are
-      all held in host memory.
+    experiment: Gives the data, the loss and the client settings. All rows are
+      held in host memory.
     num_steps: Steps of `client.batch_size` rows, shuffled anew every epoch.
 
   Returns:
@@ -134,12 +110,10 @@ def centralized(experiment: Experiment, num_steps: int) -> PyTree:
   Raises:
     ConfigError: `num_steps` below 1.
   """
-  _check_steps("num_steps", num_steps)
+  optimizer = _optimizer(experiment, "num_steps", num_steps)
   s, source = experiment.settings, experiment.data.train
   read = [source.read(client_id) for client_id in source.ids]
   pool = {name: np.concatenate([x[name] for x in read]) for name in read[0]}
-  num_rows = sum(map(source.size, source.ids))
-  optimizer = _optimizer(experiment, num_steps)
   grad_fn = jax.grad(experiment.loss, has_aux=True)
 
   @jax.jit(donate_argnums=(0, 1))
@@ -150,25 +124,26 @@ def centralized(experiment: Experiment, num_steps: int) -> PyTree:
     return optax.apply_updates(trainable, updates), state
 
   size = s.client.batch_size
-  sharding = NamedSharding(experiment.mesh, jax.P("fsdp"))
-  with jax.set_mesh(experiment.mesh):
-    trainable = trees.copy(experiment.trainable)
+  mesh = _without_lanes(experiment.mesh, size)
+  place = NamedSharding(mesh, jax.P("fsdp"))
+  num_rows = sum(source.size(client_id) for client_id in source.ids)
+  base, trainable = _move((experiment.base, experiment.trainable), mesh)
+  with jax.set_mesh(mesh):
+    trainable = trees.copy(trainable)
     state = jax.jit(optimizer.init)(trainable)
-    batches = _indices(num_rows, size, num_steps, s.seed)
-    for index, rows in enumerate(batches):
+    for index, rows in enumerate(_shuffled(num_rows, size, num_steps, s.seed)):
       batch = {name: x[rows] for name, x in pool.items()}
-      batch["mask"] = np.ones(size, np.float32)
-      batch = jax.device_put(batch, sharding)
-      trainable, state = step(trainable, state, experiment.base, batch, index)
+      batch = jax.device_put(batch | {"mask": np.ones(size, np.float32)}, place)
+      trainable, state = step(trainable, state, base, batch, index)
       # One dispatch at a time: virtual CPU devices deadlock with more queued.
       jax.block_until_ready(trainable)
-  return trainable
+  return _move(trainable, experiment.mesh)
 
 
 def evaluate_each(
     experiment: Experiment, ids: Sequence[str], stacked: PyTree
 ) -> dict[str, float]:
-  """Evaluates the trainables of clients that trained alone.
+  """Evaluates clients that trained alone.
 
   Args:
     experiment: Gives the populations to evaluate on.
@@ -177,50 +152,81 @@ def evaluate_each(
 
   Returns:
     {"eval/<population>/<metric>": value over clients}, as
-    `experiment.evaluate`. Where a population holds some of `ids`, each of them
-    is evaluated with its own trainable, and the others are left out; clients of
-    the other populations get the mean over all trainables' loss and accuracy.
+    `experiment.evaluate`. In a population that holds some of `ids`, each of
+    these is evaluated with its own trainable and the others are left out; a
+    client of another population gets the mean over all the trainables.
   """
-  metrics = {}
-  row = {client_id: index for index, client_id in enumerate(ids)}
+  metrics, row = {}, {client_id: i for i, client_id in enumerate(ids)}
+  run_own = jax.jit(
+      functools.partial(evaluation.evaluate_own, experiment.loss),
+      out_shardings=_everywhere(experiment),
+  )
   for population, source in experiment.data.evals.items():
     own = [client_id for client_id in source.ids if client_id in row]
+    source = data.subset(source, own or source.ids)
+    cohort = experiment.pack_to_evaluate(source)
     with jax.set_mesh(experiment.mesh):
       if own:
-        source = data.subset(source, own)
-        mine = np.array([row[client_id] for client_id in own])
-        sums = _evaluate_own(experiment, stacked, mine, source)
+        rows = np.array([row[client_id] for client_id in own])
+        mine = jax.tree.map(lambda x, rows=rows: x[rows], stacked)
+        sums = jax.device_get(run_own(mine, experiment.base, cohort))
       else:
-        sums = _evaluate_all(experiment, stacked, len(ids), source)
+        each = []
+        for i in range(len(ids)):
+          one = jax.tree.map(lambda x, i=i: x[i], stacked)
+          sums = experiment.run_evaluation(one, experiment.base, cohort)
+          each.append(jax.device_get(sums))
+        sums = jax.tree.map(lambda *x: np.mean(x, axis=0), *each)
     in_bytes = experiment.tokenizer.name == "bytes"
     summary = evaluation.summarise(sums, in_bytes)
     metrics |= {f"eval/{population}/{k}": v for k, v in summary.items()}
   return metrics
 
 
-def _evaluate_own(experiment, stacked, mine, source) -> dict[str, Any]:
-  """Sums [clients] of clients that have a trainable each, at rows `mine`."""
+def _optimizer(
+    experiment: Experiment, name: str, steps: int
+) -> optax.GradientTransformation:
+  """The client optimizer, its schedule over `steps` (checked under `name`)."""
+  if steps < 1:
+    raise errors.ConfigError(f"{name}: got {steps}, expected at least 1")
+  c = experiment.settings.client
+  rate = choices.schedule(c.schedule, c.learning_rate, steps)
+  return choices.local_optimizer(c, rate)
 
-  @jax.jit
-  def evaluate(stacked, base, cohort):
-    own = jax.tree.map(lambda x: x[mine], stacked)
-    return evaluation.evaluate_own(experiment.loss, own, base, cohort)
 
-  cohort = experiment.pack_to_evaluate(source)
-  return jax.device_get(evaluate(stacked, experiment.base, cohort))
+def _without_lanes(mesh: Mesh, batch_size: int) -> Mesh:
+  """The same devices, with `clients` added to `fsdp` where the batch divides."""
+  shape = dict(mesh.shape)
+  fsdp = shape["clients"] * shape["fsdp"]
+  if batch_size % fsdp or mesh.shape["fsdp"] > 1:
+    return mesh
+  return sharding.make_mesh(
+    shape | {"clients": 1, "fsdp": fsdp}, mesh.devices.flatten()
+  )
 
 
-def _evaluate_all(experiment, stacked, count, source) -> dict[str, Any]:
-  """Sums [clients], each the mean over all trainables."""
+def _move(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Puts arrays on another mesh; what was whole over `fsdp` stays whole."""
 
-  @jax.jit
-  def evaluate(stacked, index, base, cohort):
-    one = jax.tree.map(lambda x: x[index], stacked)
-    return evaluation.evaluate_cohort(experiment.loss, one, base, cohort)
+  def place(x):
+    old = x.sharding
+    whole = old.mesh.shape["fsdp"] == 1 or mesh.shape["fsdp"] == 1
+    spec = [None if a == "fsdp" and whole else a for a in old.spec]
+    return jax.device_put(x, NamedSharding(mesh, jax.P(*spec)))
 
-  cohort = experiment.pack_to_evaluate(source)
-  sums = [
-      jax.device_get(evaluate(stacked, index, experiment.base, cohort))
-      for index in range(count)
-  ]
-  return jax.tree.map(lambda *x: np.mean(x, axis=0), *sums)
+  return jax.tree.map(place, tree)
+
+
+def _everywhere(experiment: Experiment) -> NamedSharding:
+  return NamedSharding(experiment.mesh, jax.P())
+
+
+def _shuffled(num_rows: int, size: int, steps: int, seed: int) -> Iterator:
+  """Yields [size] row numbers a step, from one permutation after another."""
+  rows, epoch = np.zeros((0,), np.int64), 0
+  for _ in range(steps):
+    while len(rows) < size:
+      rng = sampling.generator("centralized", seed, epoch)
+      rows, epoch = np.append(rows, rng.permutation(num_rows)), epoch + 1
+    yield rows[:size]
+    rows = rows[size:]

@@ -123,25 +123,44 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     CheckpointError: Bad weights, or a folder that cannot be written.
   """
   settings = as_settings(config)
-  may_change = _check_folder(settings, pathlib.Path(workdir))
-  experiment = build(settings)
+  _check_folder(settings, pathlib.Path(workdir))  # Before anything is built.
+  return run(build(settings), workdir)[0]
+
+
+def run(
+    experiment: Experiment, workdir: str | os.PathLike
+) -> tuple[dict[str, Any], ServerState]:
+  """Runs an experiment that is built; see `train`.
+
+  Args:
+    experiment: From `build`.
+    workdir: Its folder, new or with an earlier part of the same run.
+
+  Returns:
+    The summary, and the last state.
+
+  Raises:
+    ConfigError: A folder that holds another run.
+    CheckpointError: A folder that cannot be written.
+  """
+  settings, folder = experiment.settings, pathlib.Path(workdir)
+  may_change = _check_folder(settings, folder)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(experiment.mesh))
-    checkpoints = pathlib.Path(workdir) / "checkpoints"
     if jax.process_index() == 0:
       stack.enter_context(
           run_folder.claim(
-              workdir, settings_lib.to_dict(settings), may_change=may_change
+              folder, settings_lib.to_dict(settings), may_change=may_change
           )
       )
     _wait_for_all("claimed")
     checkpointer = stack.enter_context(
         checkpoint.Checkpointer(
-            checkpoints, keep_last=settings.checkpoint.keep_last
+            folder / "checkpoints", keep_last=settings.checkpoint.keep_last
         )
     )
-    _train(experiment, pathlib.Path(workdir), checkpointer)
-  return run_folder.read_json(pathlib.Path(workdir) / "summary.json")
+    state = _train(experiment, folder, checkpointer)
+  return run_folder.read_json(folder / "summary.json"), state
 
 
 def _check_folder(settings: Settings, workdir: pathlib.Path) -> tuple[str, ...]:
@@ -174,7 +193,7 @@ def _train(
     experiment: Experiment,
     folder: pathlib.Path,
     checkpointer: checkpoint.Checkpointer,
-) -> None:
+) -> ServerState:
   """Restores what there is, runs the rounds that are left, writes a summary."""
   s = experiment.settings
   state = experiment.initial_state()
@@ -200,11 +219,12 @@ def _train(
     if restored is None:
       log.write({"round": 0, **_evaluate(experiment, state)})
       checkpointer.save(0, state)
-    _rounds(experiment, state, first, checkpointer, log)
+    state = _rounds(experiment, state, first, checkpointer, log)
   checkpointer.wait()
   if jax.process_index() == 0:
     run_folder.write_json(folder / "summary.json", _summary(folder, s))
   _wait_for_all("summary")
+  return state
 
 
 class _Log(NamedTuple):
@@ -222,8 +242,8 @@ class _Log(NamedTuple):
       self.progress.update(done, **values)
 
 
-def _rounds(experiment, state, first, checkpointer, log) -> None:
-  """Runs rounds [first, settings.rounds)."""
+def _rounds(experiment, state, first, checkpointer, log) -> ServerState:
+  """Runs rounds [first, settings.rounds) and returns the last state."""
   s, base = experiment.settings, experiment.base
   up, down = experiment.algorithm.bytes_per_client(state)
   began = time.perf_counter()
@@ -262,6 +282,7 @@ def _rounds(experiment, state, first, checkpointer, log) -> None:
           int(metrics["clients/nonfinite"]),
       )
     began = time.perf_counter()
+  return state
 
 
 def _evaluate(experiment: Experiment, state: ServerState) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedfm import errors
 from fedfm import trees
 
 PyTree = Any
@@ -84,12 +85,15 @@ class Aggregator(NamedTuple):
       the summed terms, or `(messages [clients, ...], weights [clients])`. A
       client of weight 0 is absent.
     stacking: Whether `finish` needs every client's message at once.
+    min_clients: A round of fewer clients (masked ones do not count) leaves the
+      server as it is: a robust rule holds no promise there.
   """
 
   init: Callable[[PyTree], PyTree]
   add: Callable[[PyTree, PyTree, Any], PyTree] | None
   finish: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
   stacking: bool = False
+  min_clients: int = 1
 
   def aggregate(self, messages: PyTree, weights: Array) -> PyTree:
     """Aggregates stacked messages, outside of a round.
@@ -99,9 +103,18 @@ class Aggregator(NamedTuple):
       weights: [clients]; 0 means absent, as does a non-finite message.
 
     Returns:
-      The aggregate, a tree of arrays [...].
+      The aggregate, a tree of arrays [...]; zero where fewer than
+      `min_clients` are present and finite.
+
+    Raises:
+      ConfigError: Fewer rows than `min_clients`.
     """
     weights = jnp.asarray(weights)
+    if weights.shape[0] < self.min_clients:
+      raise errors.ConfigError(
+          f"messages: got {weights.shape[0]} clients, expected at least "
+          f"{self.min_clients} for this aggregator"
+      )
     finite = jax.lax.map(trees.all_finite, (messages, weights))
     kept = finite & (weights > 0)
     weights = jnp.where(kept, weights, 0)
@@ -111,7 +124,9 @@ class Aggregator(NamedTuple):
     )
     state = self.init(jax.tree.map(lambda x: jnp.zeros_like(x[0]), messages))
     if self.add is None:
-      return self.finish(state, (messages, weights))[0]
+      update, _ = self.finish(state, (messages, weights))
+      enough = jnp.sum(kept) >= self.min_clients
+      return trees.select(enough, update, trees.zeros_like(update))
 
     def one(terms, client):
       return trees.add(terms, self.add(state, *client)), None

@@ -1,22 +1,27 @@
 """A federation that trains in a second: a tiny model and population on disk."""
 
+from collections.abc import Iterator
+import contextlib
+import functools
 import json
 import pathlib
 from typing import Any
 
 import jax
+import pytest
 
+from fedfm import sharding
 from fedfm.models import DecoderConfig, decoder, huggingface
 
 WORDS = "the cat sat on a mat and the dog ran to the hill in rain".split()
 
 
 def write_model(folder: pathlib.Path, **sizes: int) -> str:
-  """Writes a random byte decoder of two layers as a Hugging Face folder."""
+  """Writes a random byte decoder of one layer as a Hugging Face folder."""
   config = {
       "vocab_size": 272,
       "width": 16,
-      "num_layers": 2,
+      "num_layers": 1,
       "num_heads": 2,
       "mlp_width": 32,
       "max_length": 64,
@@ -38,6 +43,15 @@ def write_data(path: pathlib.Path, num_clients: int = 10) -> str:
         row = {"client": f"client {client}", "text": " ".join(words)}
         file.write(json.dumps(row) + "\n")
   return str(path)
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+  """Builds experiments on one of the devices, which compiles much faster."""
+  one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", one)
+    yield
 
 
 def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:

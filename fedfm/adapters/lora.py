@@ -62,9 +62,11 @@ def lora(
     rank, out]}}; A starts uniform in +-1/sqrt(in) (as PEFT does), B at zero.
 
   Raises:
-    ConfigError: A rank below 1 or above a kernel's smaller side, or a target
-      that names no kernel.
+    ConfigError: A rank below 1 or above a kernel's smaller side, an alpha that
+      is not above 0, or a target that names no kernel.
   """
+  if isinstance(rank, bool) or not isinstance(rank, int):
+    raise errors.ConfigError(f"rank: got {rank!r}, expected an integer")
   alpha = 2.0 * rank if alpha is None else float(alpha)
   paths = target_paths(model.shapes, targets)
   shapes = dict(zip(trees.paths(model.shapes), jax.tree.leaves(model.shapes)))
@@ -75,6 +77,8 @@ def lora(
           f"rank: got {rank}, expected 1 to {smaller} for {path} "
           f"{shapes[path].shape}"
       )
+  if not 0 < alpha < math.inf:
+    raise errors.ConfigError(f"alpha: got {alpha}, expected a number above 0")
   scale = alpha / rank
 
   def init(key, params):

@@ -94,8 +94,12 @@ def subset(model: Model, names: tuple[str, ...]) -> Adapter:
     An `Adapter` whose trainable is {path: parameter}.
 
   Raises:
-    ConfigError: A name that no path holds.
+    ConfigError: No name, or one that no path holds.
   """
+  if not names or isinstance(names, str):
+    raise errors.ConfigError(
+        f"names: got {names!r}, expected a tuple of parts of paths"
+    )
   paths = trees.paths(model.shapes)
   for name in names:
     if not any(name in path for path in paths):

@@ -23,26 +23,23 @@ def _rows(flags: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _check_num_byzantine(num_byzantine: int) -> None:
-  if num_byzantine < 0:
+  integer = isinstance(num_byzantine, int) and not isinstance(
+      num_byzantine, bool
+  )
+  if not integer or num_byzantine < 0:
     raise errors.ConfigError(
-        f"num_byzantine: got {num_byzantine}, expected at least 0"
+        f"num_byzantine: got {num_byzantine!r}, expected an integer of at "
+        "least 0"
     )
 
 
-def _check_bound(num_byzantine: int, clients: int, least: int) -> None:
-  if clients < least:
-    raise errors.ConfigError(
-        f"num_byzantine: {num_byzantine} needs at least {least} clients, "
-        f"got {clients}"
-    )
-
-
-def _stacking(rule) -> Aggregator:
+def _stacking(rule, min_clients: int = 1) -> Aggregator:
   return Aggregator(
       init=lambda message: (),
       add=None,
       finish=lambda state, collected: (rule(*collected), state),
       stacking=True,
+      min_clients=min_clients,
   )
 
 
@@ -79,18 +76,17 @@ def trimmed_mean(num_byzantine: int) -> Aggregator:
   """Drops the f smallest and f largest of each coordinate, averages the rest.
 
   Args:
-    num_byzantine: f; a cohort of 2f clients or fewer aggregates to zero.
+    num_byzantine: f; needs 2f + 1 clients, fewer aggregate to zero.
 
   Returns:
     A stacking `Aggregator`. Source: arXiv 1803.01498.
 
   Raises:
-    ConfigError: f below 0, or at least half of the cohort (when first used).
+    ConfigError: f below 0, or no integer.
   """
   _check_num_byzantine(num_byzantine)
 
   def rule(messages, weights):
-    _check_bound(num_byzantine, weights.shape[0], 2 * num_byzantine + 1)
     present = weights > 0
     count = jnp.sum(present)
     return jax.tree.map(
@@ -100,7 +96,7 @@ def trimmed_mean(num_byzantine: int) -> Aggregator:
         messages,
     )
 
-  return _stacking(rule)
+  return _stacking(rule, 2 * num_byzantine + 1)
 
 
 def squared_distances(messages: PyTree) -> jax.Array:
@@ -125,19 +121,18 @@ def krum(num_byzantine: int) -> Aggregator:
   """Picks the message nearest to its n - f - 2 nearest neighbours.
 
   Args:
-    num_byzantine: f; needs 2f + 2 < n clients.
+    num_byzantine: f; needs 2f + 3 clients, fewer aggregate to zero.
 
   Returns:
     A stacking `Aggregator`. Source: Blanchard et al., arXiv 1703.02757.
 
   Raises:
-    ConfigError: f below 0, or too large for the cohort (when first used).
+    ConfigError: f below 0, or no integer.
   """
   _check_num_byzantine(num_byzantine)
 
   def rule(messages, weights):
     n = weights.shape[0]
-    _check_bound(num_byzantine, n, 2 * num_byzantine + 3)
     present = weights > 0
     distances = squared_distances(messages)
     others = present[None, :] & ~jnp.eye(n, dtype=bool)
@@ -150,7 +145,7 @@ def krum(num_byzantine: int) -> Aggregator:
     best = jnp.argmin(jnp.where(present, scores, jnp.inf))
     return jax.tree.map(lambda x: x[best], messages)
 
-  return _stacking(rule)
+  return _stacking(rule, 2 * num_byzantine + 3)
 
 
 def geometric_median(

@@ -104,7 +104,7 @@ def federated(
       )
       trainable = optax.apply_updates(state.trainable, updates)
     # Momentum would move the weights on a round that brought nothing.
-    brought = jnp.any(result.weights > 0)
+    brought = jnp.sum(result.weights > 0) >= aggregator.min_clients
     trainable, optimizer_state, aggregator_state = trees.select(
         brought,
         (trainable, optimizer_state, aggregator_state),

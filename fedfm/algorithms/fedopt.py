@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm.algorithms import fedavg
+from fedfm.algorithms.fedavg import fedavg
 from fedfm.clients import local
 from fedfm.types import FederatedAlgorithm, LossFn
 
@@ -113,7 +113,7 @@ def fedopt(
   Returns:
     A `FederatedAlgorithm`.
   """
-  return fedavg.fedavg(
+  return fedavg(
       loss,
       client_optimizer=client_optimizer,
       server_optimizer=server_optimizer,

@@ -4,7 +4,7 @@
 """
 
 from fedfm import errors
-from fedfm.algorithms import fedavg
+from fedfm.algorithms.fedavg import fedavg
 from fedfm.clients import local
 from fedfm.types import FederatedAlgorithm, LossFn
 
@@ -34,6 +34,6 @@ def fedprox(
     raise errors.ConfigError(
         f"mu: got {mu}, expected a finite number of at least 0"
     )
-  return fedavg.fedavg(
+  return fedavg(
       loss, client_optimizer=client_optimizer, proximal=mu, **options
   )

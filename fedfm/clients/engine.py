@@ -115,6 +115,7 @@ def run_cohort(
     A `CohortResult`. Clients of weight 0, and those that return a non-finite
     message or weight, count for nothing and keep their state.
   """
+  cohort = jax.tree.map(jnp.asarray, cohort)  # NumPy's, outside of a jit.
   round_key = jax.random.fold_in(key, round_index)
   num_lanes, num_slots = cohort.row.shape
 

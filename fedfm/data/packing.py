@@ -123,30 +123,23 @@ def bucket(size: int, allowed: Iterable[int] | None = None) -> int:
   for candidate in sorted(allowed or ()):
     if size <= candidate:
       return candidate
-  return 1 << max(0, size - 1).bit_length()
+  return 1 << max(0, int(size) - 1).bit_length()
 
 
-def _check(batch_size, epochs, local_steps, max_examples, lanes, processes):
-  for name, value in (("batch_size", batch_size), ("epochs", epochs)):
-    if value < 1:
-      raise errors.ConfigError(f"{name}: got {value}, expected at least 1")
-  for name, value in (
-      ("local_steps", local_steps),
-      ("max_examples", max_examples),
-  ):
-    if value is not None and value < 1:
-      raise errors.ConfigError(
-          f"{name}: got {value}, expected at least 1 or None"
-      )
-  if lanes != "auto":
-    if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
-      raise errors.ConfigError(
-          f"lanes: got {lanes!r}, expected 'auto' or an integer of at least 1"
-      )
-    if lanes % processes:
-      raise errors.ConfigError(
-          f"lanes: {processes} processes do not divide {lanes} lanes"
-      )
+def _check_integer(name, value, least, most=None, otherwise="") -> None:
+  integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  if not integer or value < least or (most is not None and value > most):
+    allowed = f"at least {least}" if most is None else f"{least} to {most}"
+    raise errors.ConfigError(
+        f"{name}: got {value!r}, expected an integer of {allowed}{otherwise}"
+    )
+
+
+def _check_lanes(lanes, processes) -> None:
+  if lanes % processes:
+    raise errors.ConfigError(
+        f"lanes: {processes} processes do not divide {lanes} lanes"
+    )
 
 
 def pack(
@@ -193,7 +186,19 @@ def pack(
     DataError: A repeated id, a client without examples, or non-numeric leaves.
     ConfigError: A number out of range.
   """
-  _check(batch_size, epochs, local_steps, max_examples, lanes, process_count)
+  _check_integer("batch_size", batch_size, 1)
+  _check_integer("epochs", epochs, 1)
+  _check_integer("seed", seed, 0, 2**32 - 1)
+  _check_integer("round", round, 0, 2**32 - 1)
+  _check_integer("process_count", process_count, 1)
+  _check_integer("process_index", process_index, 0, process_count - 1)
+  if local_steps is not None:
+    _check_integer("local_steps", local_steps, 1, otherwise=", or None")
+  if max_examples is not None:
+    _check_integer("max_examples", max_examples, 1, otherwise=", or None")
+  if lanes != "auto":
+    _check_integer("lanes", lanes, 1, otherwise=", or 'auto'")
+    _check_lanes(lanes, process_count)
   ids = list(ids)
   if len(set(ids)) < len(ids):
     repeated = next(i for i in ids if ids.count(i) > 1)
@@ -213,6 +218,7 @@ def pack(
     logging.getLogger(__name__).debug(
         "lanes='auto' chose %d for %d clients", lanes, len(ids)
     )
+    _check_lanes(lanes, process_count)
   layout = assign(steps, lanes)
   lane_steps = [sum(steps[c] for c in clients) for clients in layout]
   num_steps = bucket(max(max(lane_steps), 1), step_buckets)
@@ -257,6 +263,12 @@ def pack(
           if shuffle
           else None,
       )
+      for name, x in examples.items():
+        if len(x) != sizes[client]:
+          raise errors.DataError(
+              f"client {client_id!r}, field {name!r}: {len(x)} examples, "
+              f"expected {sizes[client]}"
+          )
       _fill(batches, (lane, slice(at, at + count)), examples, rows, client_id)
       arrays["slot"][lane, at:] = slot
       arrays["start"][lane, at] = True

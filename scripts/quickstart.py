@@ -1,0 +1,143 @@
+r"""Federates LoRA on the standard library and sets it beside three baselines.
+
+  bash scripts/quickstart.sh
+  python scripts/quickstart.py --workdir=runs/other --config.rounds=20
+
+Prints a table (bits per byte on held-out text, for the clients that trained and
+for clients never seen), text generated before and after, and writes both, a
+plot and the run itself into the folder. Started again, it goes on from there.
+"""
+
+import math
+import pathlib
+import time
+
+from absl import flags
+
+import command_line
+from fedfm import baselines
+from fedfm import completion
+from fedfm import experiment
+from fedfm import metrics as metrics_lib
+from fedfm import report
+
+_CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run's folder.")
+_LOCAL_CLIENTS = flags.DEFINE_integer("local_clients", 8, "Clients of local-only.")
+_LOCAL_STEPS = flags.DEFINE_integer("local_steps", 16, "Their local steps.")
+_PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
+_METRIC = "bits_per_byte"
+_POPULATIONS = ("seen", "unseen")
+
+
+def row(name, values):
+  """A row of the table: mean, 10th and 90th percentile by population."""
+  cells = {"": name}
+  for population in _POPULATIONS:
+    key = f"eval/{population}/{_METRIC}"
+    cells[population] = f"{values[key]:.3f}"
+    cells[f"{population} p10-p90"] = (
+        f"{values[key + '_p10']:.2f}-{values[key + '_p90']:.2f}"
+    )
+  return cells
+
+
+def plot(folder, lines, centralized):
+  """Draws bits per byte over rounds and over megabytes sent."""
+  sent, megabytes = 0, []
+  for line in lines:
+    sent += line.get("comm/bytes_up", 0) + line.get("comm/bytes_down", 0)
+    megabytes.append(sent / 1e6)
+  evaluated = [i for i, line in enumerate(lines) if "eval/unseen/loss" in line]
+  trained = [i for i, line in enumerate(lines) if "train/loss" in line]
+
+  def panel(x, xlabel):
+    bits = {
+        f"{p} clients": [lines[i][f"eval/{p}/{_METRIC}"] for i in evaluated]
+        for p in _POPULATIONS
+    }
+    at = [x[i] for i in evaluated]
+    series = {name: (at, ys) for name, ys in bits.items()}
+    series["training"] = (
+        [x[i] for i in trained],
+        [lines[i]["train/loss"] / math.log(2) for i in trained],
+    )
+    level = centralized[f"eval/unseen/{_METRIC}"]
+    series["centralized, unseen clients"] = ([x[0], x[-1]], [level] * 2)
+    return report.Panel(series, xlabel, "bits per byte")
+
+  report.plot_lines(
+      folder / "loss.png",
+      panel([line["round"] for line in lines], "round"),
+      panel(megabytes, "megabytes sent, up and down"),
+  )
+
+
+def main():
+  began = time.perf_counter()
+
+  def say(text):
+    print(f"[{time.perf_counter() - began:4.0f} s] {text}", flush=True)
+
+  folder = pathlib.Path(_WORKDIR.value)
+  say("loading the base and the clients")
+  built = experiment.build(command_line.load_config(_CONFIG.value))
+  base = built.initial_state().trainable
+  say(
+      f"federating {built.adapter.kind} over {len(built.data.train)} clients, "
+      f"{built.settings.clients_per_round} a round"
+  )
+  summary, state = experiment.run(built, folder)
+  lines = metrics_lib.read(folder)
+  tokens = sum(line.get("train/count", 0) for line in lines)
+  c = built.settings.client
+  batch_tokens = c.batch_size * (built.settings.data.sequence_length - 1)
+
+  steps = max(1, round(tokens / batch_tokens))
+  say(f"centralized: {steps} steps, as many tokens as were federated")
+  centralized = built.evaluate(baselines.centralized(built, steps))
+
+  ids = sorted(built.data.train.ids)
+  ids = ids[:: max(1, len(ids) // _LOCAL_CLIENTS.value)][: _LOCAL_CLIENTS.value]
+  say(f"local only: {len(ids)} clients, {_LOCAL_STEPS.value} steps each")
+  stacked = baselines.local_only(built, ids, _LOCAL_STEPS.value)
+  local = baselines.evaluate_each(built, ids, stacked)
+
+  table = report.table([
+      row("base", summary["base"]),
+      row("local only", local),
+      row("federated", summary["final"]),
+      row("centralized", centralized),
+  ])
+  text = {
+      name: completion.generate_text(
+          built.model,
+          (built.base, trainable),
+          built.tokenizer,
+          _PROMPT.value,
+          apply=built.adapter.apply,
+          max_new_tokens=160,
+          temperature=0.5,
+          top_p=0.9,
+      )
+      for name, trainable in (("before", base), ("after", state.trainable))
+  }
+  plot(folder, lines, centralized)
+  samples = "\n".join(
+      f"--- {name} ---\n{_PROMPT.value}{added}\n" for name, added in text.items()
+  )
+  (folder / "table.md").write_text(table + "\n")
+  (folder / "samples.txt").write_text(samples)
+  key = f"eval/unseen/{_METRIC}"
+  start, end = summary["base"][key], summary["final"][key]
+  say(
+      f"bits per byte on held-out text, mean over clients\n\n{table}\n\n"
+      f"unseen clients: {1 - end / start:.1%} below the base, "
+      f"{(start - end) / (start - centralized[key]):.0%} of the gain of "
+      f"centralized training\n\n{samples}"
+  )
+  say(f"wrote {folder}/: table.md, samples.txt, loss.png, and the run")
+
+
+if __name__ == "__main__":
+  command_line.run(main)
