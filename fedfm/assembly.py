@@ -64,38 +64,38 @@ class Experiment:
   def state_shardings(self) -> types.ServerState:
     """A sharding per leaf of the state: like the trainable, or replicated."""
     return sharding.shardings_like(
-        self.mesh,
-        jax.eval_shape(self.algorithm.init, self.trainable),
-        self.trainable,
-        jax.tree.map(lambda x: x.sharding, self.trainable),
+      self.mesh,
+      jax.eval_shape(self.algorithm.init, self.trainable),
+      self.trainable,
+      jax.tree.map(lambda x: x.sharding, self.trainable),
     )
 
   @functools.cached_property
   def run_round(self) -> Any:
     """The jitted round; its state is donated, its metrics are replicated."""
     return jax.jit(
-        self.algorithm.round,
-        donate_argnums=0,
-        out_shardings=(
-            self.state_shardings,
-            NamedSharding(self.mesh, jax.P()),
-        ),
+      self.algorithm.round,
+      donate_argnums=0,
+      out_shardings=(
+        self.state_shardings,
+        NamedSharding(self.mesh, jax.P()),
+      ),
     )
 
   @functools.cached_property
   def run_evaluation(self) -> Any:
     """Jitted `(trainable, base, cohort) -> sums [clients]`, replicated."""
     return jax.jit(
-        functools.partial(evaluation.evaluate_cohort, self.loss),
-        out_shardings=NamedSharding(self.mesh, jax.P()),
+      functools.partial(evaluation.evaluate_cohort, self.loss),
+      out_shardings=NamedSharding(self.mesh, jax.P()),
     )
 
   def initial_state(self) -> types.ServerState:
     """Returns the server state of round 0, placed on the mesh."""
     with jax.set_mesh(self.mesh):
-      return jax.jit(
-          self.algorithm.init, out_shardings=self.state_shardings
-      )(self.trainable)
+      return jax.jit(self.algorithm.init, out_shardings=self.state_shardings)(
+        self.trainable
+      )
 
   @functools.cached_property
   def eval_cohort(self) -> tuple[tuple[tuple[str, str], ...], types.Cohort]:
@@ -105,9 +105,9 @@ class Experiment:
     cohort, as (population, client id).
     """
     names = tuple(
-        (population, client_id)
-        for population, source in self.data.evals.items()
-        for client_id in source.ids
+      (population, client_id)
+      for population, source in self.data.evals.items()
+      for client_id in source.ids
     )
     return names, self.pack_to_evaluate(data_lib.union(self.data.evals))
 
@@ -115,13 +115,13 @@ class Experiment:
     """Packs and places all clients of a source as `settings.eval` says."""
     e = self.settings.eval
     packed = data_lib.pack(
-        source,
-        source.ids,
-        batch_size=e.batch_size,
-        max_examples=e.max_examples or None,
-        lanes=self.num_lanes,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+      source,
+      source.ids,
+      batch_size=e.batch_size,
+      max_examples=e.max_examples or None,
+      lanes=self.num_lanes,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     return clients.put(packed, self.mesh)
 
@@ -129,29 +129,29 @@ class Experiment:
   def num_lanes(self) -> int:
     """Lanes of every cohort of the run."""
     return planning.choose_lanes(
-        self.settings, self.data.train, self.sampler, self.mesh
+      self.settings, self.data.train, self.sampler, self.mesh
     )
 
   def cohort(self, round_index: int) -> types.Cohort:
     """Samples, reads, packs and places the cohort of a round."""
     ids = self.sampler.sample(round_index)
     packed = data_lib.pack(
-        self.data.train,
-        ids,
-        lanes=self.num_lanes,
-        shuffle=True,
-        seed=self.settings.seed,
-        round=round_index,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        step_buckets=self.buckets[0],
-        slot_buckets=self.buckets[1],
-        **planning.pack_options(self.settings),
+      self.data.train,
+      ids,
+      lanes=self.num_lanes,
+      shuffle=True,
+      seed=self.settings.seed,
+      round=round_index,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      step_buckets=self.buckets[0],
+      slot_buckets=self.buckets[1],
+      **planning.pack_options(self.settings),
     )
     return clients.put(packed, self.mesh)
 
   def evaluate(
-      self, trainable: PyTree, base: PyTree = None
+    self, trainable: PyTree, base: PyTree = None
   ) -> dict[str, float]:
     """Evaluates on all populations.
 
@@ -169,7 +169,7 @@ class Experiment:
     return values
 
   def evaluate_clients(
-      self, trainable: PyTree, base: PyTree = None
+    self, trainable: PyTree, base: PyTree = None
   ) -> dict[str, dict[str, Any]]:
     """Evaluates on all populations, and keeps clients apart.
 
@@ -193,7 +193,7 @@ class Experiment:
 
 
 def load_data(
-    settings: Settings,
+  settings: Settings,
 ) -> tuple[data_lib.FederatedData, data_lib.Tokenizer]:
   """Loads and tokenizes the population that the settings name.
 
@@ -219,14 +219,14 @@ def load_data(
     key = d.text_key
   tokenizer = data_lib.byte_tokenizer()
   tokenize = functools.partial(
-      text.tokenize,
-      tokenizer=tokenizer,
-      sequence_length=d.sequence_length,
-      text_key=key,
+    text.tokenize,
+    tokenizer=tokenizer,
+    sequence_length=d.sequence_length,
+    text_key=key,
   )
   numeric = data_lib.FederatedData(
-      train=tokenize(raw.train),
-      evals={name: tokenize(source) for name, source in raw.evals.items()},
+    train=tokenize(raw.train),
+    evals={name: tokenize(source) for name, source in raw.evals.items()},
   )
   return numeric, tokenizer
 
@@ -249,8 +249,8 @@ def build(settings: Settings) -> Experiment:
   for field in ("client.batch_size", "eval.batch_size"):
     if settings_lib.get(settings, field) % mesh.shape["fsdp"]:
       raise errors.ConfigError(
-          f"{field}: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
-          f"{settings_lib.get(settings, field)}"
+        f"{field}: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
+        f"{settings_lib.get(settings, field)}"
       )
   model = _model(settings)
   adapter = _adapter(settings, model)
@@ -258,48 +258,48 @@ def build(settings: Settings) -> Experiment:
   data, tokenizer = load_data(settings)
   if tokenizer.vocab_size > model.config.vocab_size:
     raise errors.ConfigError(
-        f"model.path: vocabulary of {model.config.vocab_size} is smaller than "
-        f"the tokenizer's {tokenizer.vocab_size}"
+      f"model.path: vocabulary of {model.config.vocab_size} is smaller than "
+      f"the tokenizer's {tokenizer.vocab_size}"
     )
   algorithm = choices.algorithm(settings, loss, len(data.train.ids))
   sampler = choices.sampler(
-      settings,
-      data.train.ids,
-      lambda: [data.train.size(i) for i in data.train.ids],
+    settings,
+    data.train.ids,
+    lambda: [data.train.size(i) for i in data.train.ids],
   )
   lanes = planning.choose_lanes(settings, data.train, sampler, mesh)
   buckets = planning.plan_buckets(settings, data.train, sampler, lanes)
   places = sharding.shardings(mesh, model.axes, model.shapes)
   if settings.model.init == "pretrained":
     params = models.huggingface.load(
-        _model_folder(settings), mesh=mesh, dtype=settings.model.dtype
+      _model_folder(settings), mesh=mesh, dtype=settings.model.dtype
     )[1]
   # All is checked; from here on things are compiled.
   key = jax.random.key(settings.seed)
   if settings.model.init == "random":
     params = jax.jit(model.init, out_shardings=places)(key)
   trainable_shardings = sharding.shardings_like(
-      mesh,
-      jax.eval_shape(adapter.init, key, model.shapes),
-      model.shapes,
-      places,
+    mesh,
+    jax.eval_shape(adapter.init, key, model.shapes),
+    model.shapes,
+    places,
   )
   trainable = jax.jit(adapter.init, out_shardings=trainable_shardings)(
-      jax.random.fold_in(key, 1), params
+    jax.random.fold_in(key, 1), params
   )
   return Experiment(
-      settings=settings,
-      mesh=mesh,
-      model=model,
-      base=None if adapter.kind == "full" else params,
-      adapter=adapter,
-      trainable=trainable,
-      loss=loss,
-      algorithm=algorithm,
-      data=data,
-      tokenizer=tokenizer,
-      sampler=sampler,
-      buckets=buckets,
+    settings=settings,
+    mesh=mesh,
+    model=model,
+    base=None if adapter.kind == "full" else params,
+    adapter=adapter,
+    trainable=trainable,
+    loss=loss,
+    algorithm=algorithm,
+    data=data,
+    tokenizer=tokenizer,
+    sampler=sampler,
+    buckets=buckets,
   )
 
 
@@ -314,17 +314,17 @@ def _model(settings: Settings) -> models.Model:
   _, config = families.read_config(file)
   if settings.data.sequence_length > config.max_length:
     raise errors.ConfigError(
-        f"data.sequence_length: got {settings.data.sequence_length}, but the "
-        f"model's longest is {config.max_length}"
+      f"data.sequence_length: got {settings.data.sequence_length}, but the "
+      f"model's longest is {config.max_length}"
     )
   return models.decoder(
-      dataclasses.replace(
-          config,
-          dtype=m.dtype,
-          param_dtype=m.dtype,
-          scan_layers=m.scan_layers,
-          remat=m.remat,
-      )
+    dataclasses.replace(
+      config,
+      dtype=m.dtype,
+      param_dtype=m.dtype,
+      scan_layers=m.scan_layers,
+      remat=m.remat,
+    )
   )
 
 

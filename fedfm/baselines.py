@@ -30,15 +30,15 @@ from fedfm.types import Aggregator
 PyTree = Any
 _LOG = logging.getLogger("fedfm")
 _KEEP_ALL = Aggregator(
-    init=lambda message: (),
-    add=None,
-    finish=lambda state, collected: (collected[0], state),
-    stacking=True,
+  init=lambda message: (),
+  add=None,
+  finish=lambda state, collected: (collected[0], state),
+  stacking=True,
 )
 
 
 def local_only(
-    experiment: Experiment, ids: Sequence[str], local_steps: int
+  experiment: Experiment, ids: Sequence[str], local_steps: int
 ) -> PyTree:
   """Trains every client alone, on its own data, all in one cohort.
 
@@ -63,21 +63,21 @@ def local_only(
   options["epochs"] = -(-local_steps // min(epoch))
   options["local_steps"] = local_steps
   packed = data.pack(
-      source,
-      ids,
-      lanes=experiment.num_lanes,
-      shuffle=True,
-      seed=s.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      **options,
+    source,
+    ids,
+    lanes=experiment.num_lanes,
+    shuffle=True,
+    seed=s.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    **options,
   )
   update = clients.local_update(experiment.loss, optimizer)
 
   def run(trainable, base, cohort):
     key, first = jax.random.key(s.seed), np.int32(0)
     result = clients.run_cohort(
-        update, _KEEP_ALL, (), trainable, base, cohort, (), key, first
+      update, _KEEP_ALL, (), trainable, base, cohort, (), key, first
     )
     deltas, _ = _KEEP_ALL.finish((), result.collected)
     deltas = jax.tree.map(lambda x: x[: len(ids)], deltas)
@@ -85,9 +85,9 @@ def local_only(
 
   with jax.set_mesh(experiment.mesh):
     stacked, nonfinite = jax.jit(run, out_shardings=_everywhere(experiment))(
-        experiment.trainable,
-        experiment.base,
-        clients.put(packed, experiment.mesh),
+      experiment.trainable,
+      experiment.base,
+      clients.put(packed, experiment.mesh),
     )
   if nonfinite:
     _LOG.warning("local only: %d clients were not finite", int(nonfinite))
@@ -141,7 +141,7 @@ def centralized(experiment: Experiment, num_steps: int) -> PyTree:
 
 
 def evaluate_each(
-    experiment: Experiment, ids: Sequence[str], stacked: PyTree
+  experiment: Experiment, ids: Sequence[str], stacked: PyTree
 ) -> dict[str, float]:
   """Evaluates clients that trained alone.
 
@@ -158,13 +158,12 @@ def evaluate_each(
   """
   metrics, row = {}, {client_id: i for i, client_id in enumerate(ids)}
   run_own = jax.jit(
-      functools.partial(evaluation.evaluate_own, experiment.loss),
-      out_shardings=_everywhere(experiment),
+    functools.partial(evaluation.evaluate_own, experiment.loss),
+    out_shardings=_everywhere(experiment),
   )
   for population, source in experiment.data.evals.items():
     own = [client_id for client_id in source.ids if client_id in row]
-    source = data.subset(source, own or source.ids)
-    cohort = experiment.pack_to_evaluate(source)
+    cohort = experiment.pack_to_evaluate(data.subset(source, own or source.ids))
     with jax.set_mesh(experiment.mesh):
       if own:
         rows = np.array([row[client_id] for client_id in own])
@@ -184,7 +183,7 @@ def evaluate_each(
 
 
 def _optimizer(
-    experiment: Experiment, name: str, steps: int
+  experiment: Experiment, name: str, steps: int
 ) -> optax.GradientTransformation:
   """The client optimizer, its schedule over `steps` (checked under `name`)."""
   if steps < 1:
@@ -195,7 +194,7 @@ def _optimizer(
 
 
 def _without_lanes(mesh: Mesh, batch_size: int) -> Mesh:
-  """The same devices, with `clients` added to `fsdp` where the batch divides."""
+  """The same devices, `clients` added to `fsdp` where the batch divides."""
   shape = dict(mesh.shape)
   fsdp = shape["clients"] * shape["fsdp"]
   if batch_size % fsdp or mesh.shape["fsdp"] > 1:

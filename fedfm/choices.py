@@ -13,13 +13,13 @@ from fedfm.settings import ClientSettings, ServerSettings, Settings
 from fedfm.types import FederatedAlgorithm, LossFn
 
 ALGORITHMS = (
-    "fedavg",
-    "fedprox",
-    "fedavgm",
-    "fedadagrad",
-    "fedadam",
-    "fedyogi",
-    "fedopt",
+  "fedavg",
+  "fedprox",
+  "fedavgm",
+  "fedadagrad",
+  "fedadam",
+  "fedyogi",
+  "fedopt",
 )
 
 
@@ -42,7 +42,7 @@ def schedule(name: str, peak: float, rounds: int) -> optax.Schedule:
 
 
 def client_optimizer(
-    settings: ClientSettings, rounds: int
+  settings: ClientSettings, rounds: int
 ) -> local.ClientOptimizer:
   """Builds the local optimizer as a function of the round.
 
@@ -58,7 +58,7 @@ def client_optimizer(
 
 
 def local_optimizer(
-    settings: ClientSettings, rate: optax.ScalarOrSchedule
+  settings: ClientSettings, rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
   """Builds the local optimizer.
 
@@ -70,10 +70,10 @@ def local_optimizer(
     An optax transformation.
   """
   tx = {
-      "sgd": lambda: optax.sgd(rate),
-      "momentum": lambda: optax.sgd(rate, settings.momentum),
-      "adam": lambda: optax.adam(rate),
-      "adamw": lambda: optax.adamw(rate, weight_decay=settings.weight_decay),
+    "sgd": lambda: optax.sgd(rate),
+    "momentum": lambda: optax.sgd(rate, settings.momentum),
+    "adam": lambda: optax.adam(rate),
+    "adamw": lambda: optax.adamw(rate, weight_decay=settings.weight_decay),
   }[settings.optimizer]()
   if settings.clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
@@ -81,7 +81,7 @@ def local_optimizer(
 
 
 def server_optimizer(
-    algorithm: str, settings: ServerSettings, rounds: int
+  algorithm: str, settings: ServerSettings, rounds: int
 ) -> optax.GradientTransformation:
   """Builds the server optimizer of an algorithm.
 
@@ -97,17 +97,17 @@ def server_optimizer(
   rate = schedule(settings.schedule, settings.learning_rate, rounds)
   tau = settings.tau
   by_name: dict[str, Callable[[], optax.GradientTransformation]] = {
-      "fedavgm": lambda: optax.sgd(rate, settings.momentum),
-      "fedadagrad": lambda: algorithms.server_adagrad(rate, tau=tau),
-      "fedadam": lambda: algorithms.server_adam(rate, tau=tau),
-      "fedyogi": lambda: algorithms.server_yogi(rate, tau=tau),
+    "fedavgm": lambda: optax.sgd(rate, settings.momentum),
+    "fedadagrad": lambda: algorithms.server_adagrad(rate, tau=tau),
+    "fedadam": lambda: algorithms.server_adam(rate, tau=tau),
+    "fedyogi": lambda: algorithms.server_yogi(rate, tau=tau),
   }
   optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
-      "sgd": lambda: optax.sgd(rate),
-      "momentum": lambda: optax.sgd(rate, settings.momentum),
-      "adam": lambda: optax.adam(rate, eps=tau),
-      "adagrad": lambda: optax.adagrad(rate),
-      "yogi": lambda: optax.yogi(rate),
+    "sgd": lambda: optax.sgd(rate),
+    "momentum": lambda: optax.sgd(rate, settings.momentum),
+    "adam": lambda: optax.adam(rate, eps=tau),
+    "adagrad": lambda: optax.adagrad(rate),
+    "yogi": lambda: optax.yogi(rate),
   }
   if algorithm == "fedopt":
     return optimizers[settings.optimizer]()
@@ -115,7 +115,7 @@ def server_optimizer(
 
 
 def algorithm(
-    settings: Settings, loss: LossFn, num_clients: int
+  settings: Settings, loss: LossFn, num_clients: int
 ) -> FederatedAlgorithm:
   """Builds the algorithm that a config names.
 
@@ -133,21 +133,21 @@ def algorithm(
   name, client = settings.algorithm, settings.client
   if name not in ALGORITHMS:
     raise errors.ConfigError(
-        f"algorithm: got {name!r}{errors.nearest(name, ALGORITHMS)}"
+      f"algorithm: got {name!r}{errors.nearest(name, ALGORITHMS)}"
     )
   options: dict[str, Any] = {
-      "client_optimizer": client_optimizer(client, settings.rounds),
-      "server_optimizer": server_optimizer(
-          name, settings.server, settings.rounds
-      ),
-      "weighting": client.weighting,
-      "seed": settings.seed,
-      "num_clients": num_clients,
+    "client_optimizer": client_optimizer(client, settings.rounds),
+    "server_optimizer": server_optimizer(
+      name, settings.server, settings.rounds
+    ),
+    "weighting": client.weighting,
+    "seed": settings.seed,
+    "num_clients": num_clients,
   }
   if name == "fedprox":
     if not client.proximal:
       raise errors.ConfigError(
-          "client.proximal: got 0.0, but algorithm 'fedprox' expects above 0"
+        "client.proximal: got 0.0, but algorithm 'fedprox' expects above 0"
       )
     options["mu"] = client.proximal
   else:
@@ -173,7 +173,7 @@ def sampler(settings: Settings, ids: Any, sizes: Any) -> sampling.Sampler:
   n, seed = settings.clients_per_round, settings.seed
   if n > len(ids):
     raise errors.ConfigError(
-        f"clients_per_round: got {n}, but the population has {len(ids)} clients"
+      f"clients_per_round: got {n}, but the population has {len(ids)} clients"
     )
   if settings.sampler == "poisson":
     return sampling.poisson(ids, n / len(ids), seed)

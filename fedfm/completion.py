@@ -15,15 +15,15 @@ PyTree = Any
 
 
 def generate_text(
-    model: Model,
-    params: tuple[PyTree, ...],
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    seed: int = 0,
-    apply: Callable[..., Any] | None = None,
-    **sampling: Any,
+  model: Model,
+  params: tuple[PyTree, ...],
+  tokenizer: Tokenizer,
+  prompt: str,
+  *,
+  max_new_tokens: int,
+  seed: int = 0,
+  apply: Callable[..., Any] | None = None,
+  **sampling: Any,
 ) -> str:
   """Continues a text.
 
@@ -50,25 +50,25 @@ def generate_text(
     raise errors.ConfigError(f"seed: got {seed}, expected 0 <= seed < 2**32")
   if tokenizer.vocab_size > model.config.vocab_size:
     raise errors.DataError(
-        f"model: vocabulary of {model.config.vocab_size} is smaller than "
-        f"the tokenizer's {tokenizer.vocab_size}"
+      f"model: vocabulary of {model.config.vocab_size} is smaller than "
+      f"the tokenizer's {tokenizer.vocab_size}"
     )
   tokens = np.asarray([tokenizer.bos, *tokenizer.encode(prompt)])
   longest = model.config.max_length
   if len(tokens) + max_new_tokens > longest:
     raise errors.ConfigError(
-        f"max_new_tokens: got {max_new_tokens} after a prompt of {len(tokens)} "
-        f"tokens, but the model's longest sequence is {longest}"
+      f"max_new_tokens: got {max_new_tokens} after a prompt of {len(tokens)} "
+      f"tokens, but the model's longest sequence is {longest}"
     )
   generated = generation.generate(
-      apply or model.apply,
-      model.init_cache,
-      params,
-      tokens[None],
-      max_new_tokens=max_new_tokens,
-      key=jax.random.key(seed),
-      eos=tokenizer.eos,
-      **sampling,
+    apply or model.apply,
+    model.init_cache,
+    params,
+    tokens[None],
+    max_new_tokens=max_new_tokens,
+    key=jax.random.key(seed),
+    eos=tokenizer.eos,
+    **sampling,
   )
   length = int(generated.lengths[0])
   return tokenizer.decode(np.asarray(generated.tokens[0, :length]))

@@ -44,7 +44,7 @@ def client_evaluation(loss: LossFn) -> ClientUpdate:
 
 
 def evaluate_cohort(
-    loss: LossFn, trainable: PyTree, base: PyTree, cohort: Cohort
+  loss: LossFn, trainable: PyTree, base: PyTree, cohort: Cohort
 ) -> dict[str, jax.Array]:
   """Evaluates on every client of a packed population; jit it.
 
@@ -59,21 +59,21 @@ def evaluate_cohort(
     padding has 0 tokens.
   """
   result = engine.run_cohort(
-      client_evaluation(loss),
-      aggregators.none(),
-      (),
-      (),
-      (trainable, base),
-      cohort,
-      (),
-      jax.random.key(0),
-      jnp.zeros((), jnp.int32),
+    client_evaluation(loss),
+    aggregators.none(),
+    (),
+    (),
+    (trainable, base),
+    cohort,
+    (),
+    jax.random.key(0),
+    jnp.zeros((), jnp.int32),
   )
   return result.metrics
 
 
 def evaluate_own(
-    loss: LossFn, stacked: PyTree, base: PyTree, cohort: Cohort
+  loss: LossFn, stacked: PyTree, base: PyTree, cohort: Cohort
 ) -> dict[str, jax.Array]:
   """Evaluates every client with a trainable of its own; jit it.
 
@@ -107,21 +107,21 @@ def evaluate_own(
     return message, weight, own, metrics
 
   result = engine.run_cohort(
-      ClientUpdate(start, step, finish),
-      aggregators.none(),
-      (),
-      (),
-      base,
-      cohort,
-      jax.tree.map(to_slots, stacked),
-      jax.random.key(0),
-      jnp.zeros((), jnp.int32),
+    ClientUpdate(start, step, finish),
+    aggregators.none(),
+    (),
+    (),
+    base,
+    cohort,
+    jax.tree.map(to_slots, stacked),
+    jax.random.key(0),
+    jnp.zeros((), jnp.int32),
   )
   return result.metrics
 
 
 def client_metrics(
-    per_client: Mapping[str, Any], bytes_are_tokens: bool
+  per_client: Mapping[str, Any], bytes_are_tokens: bool
 ) -> dict[str, np.ndarray]:
   """Turns sums per client into metrics per client.
 
@@ -137,9 +137,9 @@ def client_metrics(
   tokens = np.where(tokens > 0, tokens, np.nan)
   loss = np.asarray(per_client["loss_sum"], np.float64) / tokens
   metrics = {
-      "loss": loss,
-      "accuracy": np.asarray(per_client["correct"], np.float64) / tokens,
-      "perplexity": np.exp(np.minimum(loss, 700)),
+    "loss": loss,
+    "accuracy": np.asarray(per_client["correct"], np.float64) / tokens,
+    "perplexity": np.exp(np.minimum(loss, 700)),
   }
   if bytes_are_tokens:
     metrics["bits_per_byte"] = loss / math.log(2)
@@ -147,7 +147,7 @@ def client_metrics(
 
 
 def summarise(
-    per_client: Mapping[str, Any], bytes_are_tokens: bool
+  per_client: Mapping[str, Any], bytes_are_tokens: bool
 ) -> dict[str, float]:
   """Turns sums per client into metrics over clients.
 

@@ -32,12 +32,12 @@ from fedfm.types import ServerState
 Config = ml_collections.ConfigDict | Mapping[str, Any] | Settings
 # What may differ when a run is continued: none of it changes what was done.
 _MAY_CHANGE = (
-    "lanes",
-    "mesh.clients",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "checkpoint.every",
-    "checkpoint.keep_last",
+  "lanes",
+  "mesh.clients",
+  "mesh.fsdp",
+  "mesh.tensor",
+  "checkpoint.every",
+  "checkpoint.keep_last",
 )
 _LOG = logging.getLogger("fedfm")
 
@@ -62,7 +62,7 @@ def build(config: Config) -> Experiment:
 
 
 def open_run(
-    workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None
+  workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None
 ) -> tuple[Experiment, ServerState]:
   """Opens a run to evaluate it or to generate from it; changes nothing in it.
 
@@ -81,18 +81,18 @@ def open_run(
   folder = pathlib.Path(workdir)
   if not (folder / "config.json").is_file():
     raise errors.CheckpointError(
-        f"workdir: {folder} holds no config.json, expected a run's folder"
+      f"workdir: {folder} holds no config.json, expected a run's folder"
     )
   config = run_folder.read_json(folder / "config.json")
   experiment = build(_merge(config, changes or {}))
   with checkpoint.Checkpointer(
-      folder / "checkpoints", read_only=True
+    folder / "checkpoints", read_only=True
   ) as checkpointer:
     target = checkpoint.abstract(experiment.initial_state())
     restored = checkpointer.restore(target)
   if restored is None:
     raise errors.CheckpointError(
-        f"workdir: {folder} holds no intact checkpoint"
+      f"workdir: {folder} holds no intact checkpoint"
     )
   return experiment, restored[1]
 
@@ -128,7 +128,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def run(
-    experiment: Experiment, workdir: str | os.PathLike
+  experiment: Experiment, workdir: str | os.PathLike
 ) -> tuple[dict[str, Any], ServerState]:
   """Runs an experiment that is built; see `train`.
 
@@ -149,15 +149,15 @@ def run(
     stack.enter_context(jax.set_mesh(experiment.mesh))
     if jax.process_index() == 0:
       stack.enter_context(
-          run_folder.claim(
-              folder, settings_lib.to_dict(settings), may_change=may_change
-          )
+        run_folder.claim(
+          folder, settings_lib.to_dict(settings), may_change=may_change
+        )
       )
     _wait_for_all("claimed")
     checkpointer = stack.enter_context(
-        checkpoint.Checkpointer(
-            folder / "checkpoints", keep_last=settings.checkpoint.keep_last
-        )
+      checkpoint.Checkpointer(
+        folder / "checkpoints", keep_last=settings.checkpoint.keep_last
+      )
     )
     state = _train(experiment, folder, checkpointer)
   return run_folder.read_json(folder / "summary.json"), state
@@ -177,8 +177,8 @@ def _check_folder(settings: Settings, workdir: pathlib.Path) -> tuple[str, ...]:
       done = checkpointer.latest() or 0
     if done > settings.rounds:
       raise errors.ConfigError(
-          f"rounds: got {settings.rounds}, but the run in {workdir} has done "
-          f"{done}"
+        f"rounds: got {settings.rounds}, but the run in {workdir} has done "
+        f"{done}"
       )
   return may_change
 
@@ -190,9 +190,9 @@ def _wait_for_all(name: str) -> None:
 
 
 def _train(
-    experiment: Experiment,
-    folder: pathlib.Path,
-    checkpointer: checkpoint.Checkpointer,
+  experiment: Experiment,
+  folder: pathlib.Path,
+  checkpointer: checkpoint.Checkpointer,
 ) -> ServerState:
   """Restores what there is, runs the rounds that are left, writes a summary."""
   s = experiment.settings
@@ -207,14 +207,14 @@ def _train(
     log = _Log(None, None)
     if jax.process_index() == 0:
       log = _Log(
-          stack.enter_context(
-              metrics_lib.MetricsWriter(
-                  folder, resume_round=None if restored is None else first
-              )
-          ),
-          stack.enter_context(
-              contextlib.closing(metrics_lib.Progress(s.rounds, first))
-          ),
+        stack.enter_context(
+          metrics_lib.MetricsWriter(
+            folder, resume_round=None if restored is None else first
+          )
+        ),
+        stack.enter_context(
+          contextlib.closing(metrics_lib.Progress(s.rounds, first))
+        ),
       )
     if restored is None:
       log.write({"round": 0, **_evaluate(experiment, state)})
@@ -256,13 +256,13 @@ def _rounds(experiment, state, first, checkpointer, log) -> ServerState:
     done = index + 1
     participants = int(metrics["clients/participating"])
     line = {
-        "round": done,
-        **metrics,
-        "comm/bytes_up": participants * up,
-        "comm/bytes_down": participants * down,
-        "time/round_seconds": seconds,
-        "time/data_wait_seconds": waited,
-        "time/tokens_per_second": metrics["train/count"] / seconds,
+      "round": done,
+      **metrics,
+      "comm/bytes_up": participants * up,
+      "comm/bytes_down": participants * down,
+      "time/round_seconds": seconds,
+      "time/data_wait_seconds": waited,
+      "time/tokens_per_second": metrics["train/count"] / seconds,
     }
     last = done == s.rounds
     if last or done % s.eval.every == 0:
@@ -271,15 +271,15 @@ def _rounds(experiment, state, first, checkpointer, log) -> ServerState:
     if last or done % s.checkpoint.every == 0:
       checkpointer.save(done, state)
     log.update(
-        done,
-        loss=metrics["train/loss"],
-        tokens_per_second=line["time/tokens_per_second"],
+      done,
+      loss=metrics["train/loss"],
+      tokens_per_second=line["time/tokens_per_second"],
     )
     if metrics["clients/nonfinite"]:
       _LOG.warning(
-          "round %d: %d clients were not finite and left out",
-          done,
-          int(metrics["clients/nonfinite"]),
+        "round %d: %d clients were not finite and left out",
+        done,
+        int(metrics["clients/nonfinite"]),
       )
     began = time.perf_counter()
   return state
@@ -294,16 +294,15 @@ def _summary(folder: pathlib.Path, settings: Settings) -> dict[str, Any]:
   """Derives the summary from the metrics file, which resuming keeps whole."""
   lines = metrics_lib.read(folder)
   evaluated = [
-      {k: v for k, v in line.items() if k.startswith("eval/")}
-      for line in lines
+    {k: v for k, v in line.items() if k.startswith("eval/")} for line in lines
   ]
   evaluated = [e for e in evaluated if e]
   return {
-      "rounds": lines[-1]["round"],
-      "algorithm": settings.algorithm,
-      "base": evaluated[0] if evaluated else {},
-      "final": evaluated[-1] if evaluated else {},
-      "comm/bytes_up": sum(line.get("comm/bytes_up", 0) for line in lines),
-      "comm/bytes_down": sum(line.get("comm/bytes_down", 0) for line in lines),
-      "time/seconds": sum(line.get("time/round_seconds", 0) for line in lines),
+    "rounds": lines[-1]["round"],
+    "algorithm": settings.algorithm,
+    "base": evaluated[0] if evaluated else {},
+    "final": evaluated[-1] if evaluated else {},
+    "comm/bytes_up": sum(line.get("comm/bytes_up", 0) for line in lines),
+    "comm/bytes_down": sum(line.get("comm/bytes_down", 0) for line in lines),
+    "time/seconds": sum(line.get("time/round_seconds", 0) for line in lines),
   }

@@ -19,24 +19,24 @@ def pack_options(settings: Settings) -> dict[str, Any]:
   """The part of the client settings that shapes its batches."""
   c = settings.client
   return {
-      "batch_size": c.batch_size,
-      "epochs": c.epochs,
-      "local_steps": c.local_steps or None,
-      "max_examples": c.max_examples or None,
+    "batch_size": c.batch_size,
+    "epochs": c.epochs,
+    "local_steps": c.local_steps or None,
+    "max_examples": c.max_examples or None,
   }
 
 
 def _client_steps(
-    settings: Settings, source: ClientSource, ids: Sequence[str]
+  settings: Settings, source: ClientSource, ids: Sequence[str]
 ) -> list[int]:
   return [
-      packing.steps_per_client(source.size(i), **pack_options(settings))
-      for i in ids
+    packing.steps_per_client(source.size(i), **pack_options(settings))
+    for i in ids
   ]
 
 
 def choose_lanes(
-    settings: Settings, source: ClientSource, sampler: Sampler, mesh: Mesh
+  settings: Settings, source: ClientSource, sampler: Sampler, mesh: Mesh
 ) -> int:
   """Resolves `lanes` from the first cohorts, the same in every round.
 
@@ -57,7 +57,7 @@ def choose_lanes(
     lanes = int(settings.lanes)
     if lanes % axis:
       raise errors.ConfigError(
-          f"lanes: mesh.clients = {axis} does not divide {lanes} lanes"
+        f"lanes: mesh.clients = {axis} does not divide {lanes} lanes"
       )
     return lanes
   steps = _client_steps(settings, source, sampler.sample(0))
@@ -66,7 +66,7 @@ def choose_lanes(
 
 
 def plan_buckets(
-    settings: Settings, source: ClientSource, sampler: Sampler, lanes: int
+  settings: Settings, source: ClientSource, sampler: Sampler, lanes: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Plans the padded sizes of a run, so that it compiles a handful of programs.
 
@@ -90,5 +90,3 @@ def plan_buckets(
     longest = max(longest, *(sum(steps[c] for c in lane) for lane in layout))
     most = max(most, *map(len, layout))
   return tuple(sorted({-(-longest // 4), longest})), (most,)
-
-

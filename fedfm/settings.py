@@ -156,7 +156,7 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 def _build(cls: type, values: Any, prefix: str) -> Any:
   if not isinstance(values, typing.Mapping):
     raise errors.ConfigError(
-        f"{prefix.rstrip('.') or 'config'}: got {values!r}, expected fields"
+      f"{prefix.rstrip('.') or 'config'}: got {values!r}, expected fields"
     )
   fields = {f.name: f for f in dataclasses.fields(cls)}
   hints = typing.get_type_hints(cls)
@@ -164,7 +164,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
   for name, value in values.items():
     if name not in fields:
       raise errors.ConfigError(
-          f"{prefix}{name}: unknown field{errors.nearest(str(name), fields)}"
+        f"{prefix}{name}: unknown field{errors.nearest(str(name), fields)}"
       )
     kind = hints[name]
     if dataclasses.is_dataclass(kind):
@@ -196,7 +196,7 @@ def convert(value: Any, kind: Any, field: str) -> Any:
     if kind is bool:
       if isinstance(value, str):
         return {"true": True, "1": True, "false": False, "0": False}[
-            value.lower()
+          value.lower()
         ]
       if isinstance(value, bool):
         return value
@@ -220,7 +220,7 @@ def convert(value: Any, kind: Any, field: str) -> Any:
   except (KeyError, ValueError, TypeError):
     pass
   raise errors.ConfigError(
-      f"{field}: got {value!r}, expected {_type_name(kind)}"
+    f"{field}: got {value!r}, expected {_type_name(kind)}"
   )
 
 
@@ -250,55 +250,55 @@ def field_type(path: str) -> Any:
     hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
     if name not in hints:
       raise errors.ConfigError(
-          f"{path}: unknown field"
-          + errors.nearest(done + name, [done + h for h in hints])
+        f"{path}: unknown field"
+        + errors.nearest(done + name, [done + h for h in hints])
       )
     cls, done = hints[name], f"{done}{name}."
   return cls
 
 
 _CHOICES = {
-    "sampler": ("uniform", "poisson", "weighted", "round_robin"),
-    "model.init": ("pretrained", "random"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full", "dots"),
-    "adapter.kind": ("lora", "head", "full"),
-    "client.optimizer": ("sgd", "momentum", "adam", "adamw"),
-    "client.schedule": ("constant", "linear", "cosine"),
-    "client.weighting": ("examples", "tokens", "uniform"),
-    "server.optimizer": ("sgd", "momentum", "adam", "adagrad", "yogi"),
-    "server.schedule": ("constant", "linear", "cosine"),
+  "sampler": ("uniform", "poisson", "weighted", "round_robin"),
+  "model.init": ("pretrained", "random"),
+  "model.dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "full", "dots"),
+  "adapter.kind": ("lora", "head", "full"),
+  "client.optimizer": ("sgd", "momentum", "adam", "adamw"),
+  "client.schedule": ("constant", "linear", "cosine"),
+  "client.weighting": ("examples", "tokens", "uniform"),
+  "server.optimizer": ("sgd", "momentum", "adam", "adagrad", "yogi"),
+  "server.schedule": ("constant", "linear", "cosine"),
 }
 _AT_LEAST = {
-    "rounds": 1,
-    "clients_per_round": 1,
-    "adapter.rank": 1,
-    "data.sequence_length": 2,
-    "client.batch_size": 1,
-    "client.epochs": 1,
-    "client.local_steps": 0,
-    "client.max_examples": 0,
-    "eval.every": 1,
-    "eval.batch_size": 1,
-    "eval.max_examples": 0,
-    "checkpoint.every": 1,
-    "checkpoint.keep_last": 1,
+  "rounds": 1,
+  "clients_per_round": 1,
+  "adapter.rank": 1,
+  "data.sequence_length": 2,
+  "client.batch_size": 1,
+  "client.epochs": 1,
+  "client.local_steps": 0,
+  "client.max_examples": 0,
+  "eval.every": 1,
+  "eval.batch_size": 1,
+  "eval.max_examples": 0,
+  "checkpoint.every": 1,
+  "checkpoint.keep_last": 1,
 }
 _RATES = (
-    "client.learning_rate",
-    "client.weight_decay",
-    "client.clip_norm",
-    "client.proximal",
-    "server.learning_rate",
-    "server.tau",
-    "adapter.alpha",
+  "client.learning_rate",
+  "client.weight_decay",
+  "client.clip_norm",
+  "client.proximal",
+  "server.learning_rate",
+  "server.tau",
+  "adapter.alpha",
 )
 
 _SHARES = (
-    "client.momentum",
-    "server.momentum",
-    "data.unseen_fraction",
-    "data.heldout_fraction",
+  "client.momentum",
+  "server.momentum",
+  "data.unseen_fraction",
+  "data.heldout_fraction",
 )
 
 
@@ -314,25 +314,25 @@ def check(settings: Settings) -> None:
   """Raises ConfigError for the first value that is out of range."""
   if not 0 <= settings.seed < 2**32:
     raise errors.ConfigError(
-        f"seed: got {settings.seed}, expected 0 <= seed < 2**32"
+      f"seed: got {settings.seed}, expected 0 <= seed < 2**32"
     )
   for path, choices in _CHOICES.items():
     value = get(settings, path)
     if value not in choices:
       raise errors.ConfigError(
-          f"{path}: got {value!r}{errors.nearest(value, choices)}"
+        f"{path}: got {value!r}{errors.nearest(value, choices)}"
       )
   for path, least in _AT_LEAST.items():
     value = get(settings, path)
     if value < least:
       raise errors.ConfigError(
-          f"{path}: got {value}, expected at least {least}"
+        f"{path}: got {value}, expected at least {least}"
       )
   for path in _RATES:
     value = get(settings, path)
     if not math.isfinite(value) or value < 0:
       raise errors.ConfigError(
-          f"{path}: got {value}, expected a finite number of at least 0"
+        f"{path}: got {value}, expected a finite number of at least 0"
       )
   for path in _SHARES:
     value = get(settings, path)
@@ -340,10 +340,10 @@ def check(settings: Settings) -> None:
       raise errors.ConfigError(f"{path}: got {value}, expected 0 <= x < 1")
   if settings.data.name == "jsonl" and not settings.data.path:
     raise errors.ConfigError(
-        "data.path: got '', but data.name 'jsonl' expects a file"
+      "data.path: got '', but data.name 'jsonl' expects a file"
     )
   lanes = settings.lanes
   if lanes != "auto" and (not isinstance(lanes, int) or lanes < 1):
     raise errors.ConfigError(
-        f"lanes: got {lanes!r}, expected 'auto' or an integer of at least 1"
+      f"lanes: got {lanes!r}, expected 'auto' or an integer of at least 1"
     )

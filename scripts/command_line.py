@@ -20,18 +20,18 @@ from fedfm import errors
 from fedfm import settings
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "Run as one of several processes; TPU pods, SLURM and GKE are detected.",
+  "distributed",
+  False,
+  "Run as one of several processes; TPU pods, SLURM and GKE are detected.",
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where it is not detected."
+  "coordinator", None, "host:port of process 0, where it is not detected."
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes, where that is not detected."
+  "num_processes", None, "Processes, where that is not detected."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "This process, where that is not detected."
+  "process_id", None, "This process, where that is not detected."
 )
 _OVERRIDES: list[tuple[str, str]] = []
 EXIT_BAD_INPUT = 2
@@ -48,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
   logging.getLogger("fedfm").setLevel(logging.INFO)
   try:
     if {"-h", "--help"} & set(sys.argv[1:]):
-      print(sys.modules["__main__"].__doc__)
+      print(sys.modules[main.__module__].__doc__)
       print(flags.FLAGS.main_module_help())
       return
     argv = flags.FLAGS(_take_overrides(sys.argv))
@@ -70,12 +70,12 @@ def _start_processes() -> None:
     return
   if given != (None, None, None) and None in given:
     raise errors.ConfigError(
-        "--coordinator, --num_processes and --process_id go together, got "
-        f"{given}"
+      "--coordinator, --num_processes and --process_id go together, got "
+      f"{given}"
     )
   if given[2] is not None and not 0 <= given[2] < given[1]:
     raise errors.ConfigError(
-        f"--process_id: got {given[2]}, expected 0 to {given[1] - 1}"
+      f"--process_id: got {given[2]}, expected 0 to {given[1] - 1}"
     )
   try:
     jax.distributed.initialize(*given)
@@ -137,17 +137,17 @@ def overrides(config: dict[str, Any] | None = None) -> dict[str, Any]:
     ConfigError: An unknown field, or a value of another type.
   """
   config = {} if config is None else config
-  for field, value in _OVERRIDES:
+  for field, text in _OVERRIDES:
     kind = settings.field_type(field)
-    if not isinstance(kind, type) or not hasattr(kind, "__dataclass_fields__"):
-      value = settings.convert(value, kind, field)
+    is_group = hasattr(kind, "__dataclass_fields__")
+    value = text if is_group else settings.convert(text, kind, field)
     group = config
     *parents, name = field.split(".")
     for parent in parents:
       group = group.setdefault(parent, {})
       if not isinstance(group, dict):
         raise errors.ConfigError(
-            f"{field}: the config has {parent} = {group!r}, expected fields"
+          f"{field}: the config has {parent} = {group!r}, expected fields"
         )
     group[name] = value
   return config
@@ -156,7 +156,7 @@ def overrides(config: dict[str, Any] | None = None) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
   file = pathlib.Path(path)
   if not file.is_file():
-    raise errors.ConfigError(f"--config: {path} is not a file")
+    raise errors.ConfigError(f"--config: {path!r} is not a file")
   if file.suffix != ".py":
     raise errors.ConfigError(f"--config: {path}, expected a .py file")
   spec = importlib.util.spec_from_file_location("fedfm_config", file)
@@ -168,13 +168,13 @@ def _read(path: str) -> dict[str, Any]:
     config = module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
       raise errors.ConfigError(
-          f"--config: get_config() of {path} returned "
-          f"{type(config).__name__}, expected a ConfigDict"
+        f"--config: get_config() of {path} returned "
+        f"{type(config).__name__}, expected a ConfigDict"
       )
     return config.to_dict()
   except errors.FedFMError:
     raise
   except (Exception, SystemExit) as e:  # A config file is the user's own code.
     raise errors.ConfigError(
-        f"--config: {path} failed: {type(e).__name__}: {e}"
+      f"--config: {path} failed: {type(e).__name__}: {e}"
     ) from None

@@ -25,9 +25,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON rather than a table.")
 
 
 def main():
-  opened, state = experiment.open_run(
-      _WORKDIR.value, command_line.overrides()
-  )
+  opened, state = experiment.open_run(_WORKDIR.value, command_line.overrides())
   base = opened.algorithm.effective_base(state, opened.base)
   per_client = opened.evaluate_clients(state.trainable, base)
   in_bytes = opened.tokenizer.name == "bytes"

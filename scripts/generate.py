@@ -9,7 +9,6 @@ from; `--config.FIELD=VALUE` changes a field of its config, such as the mesh.
 """
 
 from absl import flags
-import jax
 
 import command_line
 from fedfm import assembly
@@ -52,16 +51,16 @@ def load():
 def main():
   model, params, tokenizer, apply = load()
   added = completion.generate_text(
-      model,
-      params,
-      tokenizer,
-      _PROMPT.value,
-      apply=apply,
-      max_new_tokens=_NEW.value,
-      temperature=_TEMPERATURE.value,
-      top_k=_TOP_K.value,
-      top_p=_TOP_P.value,
-      seed=_SEED.value,
+    model,
+    params,
+    tokenizer,
+    _PROMPT.value,
+    apply=apply,
+    max_new_tokens=_NEW.value,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    seed=_SEED.value,
   )
   print(_PROMPT.value + added)
 

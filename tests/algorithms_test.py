@@ -179,24 +179,23 @@ def spec(x):
 
 
 @pytest.mark.parametrize(
-    ("server_optimizer", "reference_optimizer"),
+    "server_optimizer",
     [
-        (None, optax.sgd(1.0)),
-        (optax.sgd(1.0, momentum=0.9), None),
-        (optax.yogi(0.1), None),
-        (optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5)), None),
-        (optax.sgd(optax.linear_schedule(1.0, 0.0, 2)), None),
+        None,
+        optax.yogi(0.1),
+        optax.chain(
+            optax.clip_by_global_norm(0.1),
+            optax.sgd(optax.linear_schedule(1.0, 0.0, 2), momentum=0.5),
+        ),
     ],
 )
-def test_any_optax_server_sees_the_negative_mean_delta(
-    server_optimizer, reference_optimizer
-):
+def test_any_optax_server_sees_the_negative_mean_delta(server_optimizer):
   with jax.enable_x64(True):
     algorithm = algorithms.fedopt(
         loss, client_optimizer=SGD, server_optimizer=server_optimizer
     )
     round_fn = jax.jit(algorithm.round)
-    optimizer = reference_optimizer or server_optimizer
+    optimizer = server_optimizer or optax.sgd(1.0)
     state = algorithm.init(start())
     w, opt = flat(state), optimizer.init(jnp.asarray(flat(state)))
     for ids in ROUNDS:

@@ -17,6 +17,7 @@ from fedfm import choices
 from fedfm import errors
 from fedfm import experiment
 from fedfm import metrics
+from fedfm import run_folder
 from fedfm import settings
 import tiny
 
@@ -55,8 +56,8 @@ def finished(folder):
 def same_lines(workdir):
   """The metrics that must not depend on when or where the run ran."""
   return [
-      {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
-      for line in metrics.read(workdir)
+    {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
+    for line in metrics.read(workdir)
   ]
 
 
@@ -67,14 +68,16 @@ def trainable(workdir, **changes):
 def assert_same_run(workdir, other):
   assert same_lines(workdir) == same_lines(other)
   jax.tree.map(
-      np.testing.assert_array_equal, trainable(workdir), trainable(other)
+    np.testing.assert_array_equal, trainable(workdir), trainable(other)
   )
 
 
 def relative_distance(tree, other, start):
   """|tree - other| / |other - start|, over all leaves."""
-  flat = [np.concatenate([x.ravel() for x in jax.tree.leaves(t)])
-          for t in (tree, other, start)]
+  flat = [
+    np.concatenate([x.ravel() for x in jax.tree.leaves(t)])
+    for t in (tree, other, start)
+  ]
   return np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1] - flat[2])
 
 
@@ -132,16 +135,16 @@ def test_a_killed_run_has_the_bits_of_an_uninterrupted_one(finished, folder):
   file.write_text(DYING_CONFIG.replace("{config!r}", repr(config)))
   killed = folder / "killed"
   process = subprocess.run(
-      [
-          sys.executable,
-          ROOT / "scripts" / "train.py",
-          f"--config={file}",
-          f"--workdir={killed}",
-      ],
-      env=os.environ | {"PYTHONPATH": str(ROOT)},
-      capture_output=True,
-      text=True,
-      check=False,
+    [
+      sys.executable,
+      ROOT / "scripts" / "train.py",
+      f"--config={file}",
+      f"--workdir={killed}",
+    ],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert process.returncode == -signal.SIGKILL, process.stderr
   assert metrics.read(killed)[-1]["round"] == 3
@@ -167,8 +170,8 @@ def test_fewer_rounds_than_done_are_refused(finished):
 
 def test_rounds_are_fixed_where_a_schedule_reads_them(folder):
   config = tiny.config(folder, rounds=1, client={"schedule": "cosine"})
-  with tiny.one_device():
-    experiment.train(config, folder / "cosine")
+  stored = settings.to_dict(experiment.as_settings(config))
+  run_folder.claim(folder / "cosine", stored).close()
   with pytest.raises(errors.ConfigError, match="rounds: had 1, now 2"):
     experiment.train(config | {"rounds": 2}, folder / "cosine")
 
@@ -201,10 +204,11 @@ def test_one_device_gives_the_same_numbers(finished, folder):
 @pytest.mark.parametrize("name", choices.ALGORITHMS)
 def test_every_algorithm_trains(folder, name):
   config = tiny.config(
-      folder,
-      algorithm=name,
-      client={"proximal": 0.1 if name == "fedprox" else 0.0},
-      server={"learning_rate": 0.01, "optimizer": "adam"},
+    folder,
+    algorithm=name,
+    adapter={"targets": ("q_proj",)},
+    client={"proximal": 0.1 if name == "fedprox" else 0.0},
+    server={"learning_rate": 0.01, "optimizer": "adam"},
   )
   with tiny.one_device():
     built = experiment.build(config)
@@ -227,7 +231,7 @@ def test_the_server_rate_follows_its_schedule(finished, folder):
   for schedule in ("constant", "linear"):
     with tiny.one_device():
       built = experiment.build(
-          config | {"rounds": 2, "server": {"schedule": schedule}}
+        config | {"rounds": 2, "server": {"schedule": schedule}}
       )
     state, steps = built.initial_state(), []
     with jax.set_mesh(built.mesh):
@@ -235,29 +239,31 @@ def test_the_server_rate_follows_its_schedule(finished, folder):
         before = jax.device_get(state.trainable)
         state, _ = built.run_round(state, built.base, built.cohort(index))
         steps.append(
-            jax.tree.map(np.subtract, jax.device_get(state.trainable), before)
+          jax.tree.map(np.subtract, jax.device_get(state.trainable), before)
         )
     results[schedule] = steps
-  for factor, got, full in zip((1, 0.5), results["linear"], results["constant"]):
+  for factor, got, full in zip(
+    (1, 0.5), results["linear"], results["constant"]
+  ):
     jax.tree.map(
-        lambda x, y, f=factor: np.testing.assert_allclose(
-            x, f * y, rtol=1e-4, atol=1e-7
-        ),
-        got,
-        full,
+      lambda x, y, f=factor: np.testing.assert_allclose(
+        x, f * y, rtol=1e-4, atol=1e-7
+      ),
+      got,
+      full,
     )
 
 
 def test_a_round_without_clients_changes_nothing(folder):
   def config(seed):
     return tiny.config(
-        folder,
-        seed=seed,
-        clients_per_round=1,
-        sampler="poisson",
-        algorithm="fedavgm",
-        rounds=3,
-        eval={"every": 1},
+      folder,
+      seed=seed,
+      clients_per_round=1,
+      sampler="poisson",
+      algorithm="fedavgm",
+      rounds=3,
+      eval={"every": 1},
     )
 
   ids = assembly.load_data(experiment.as_settings(config(0)))[0].train.ids

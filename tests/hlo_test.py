@@ -60,7 +60,12 @@ def compiled_text(mesh_shape=None):
   state = algorithm.init(adapter.init(jax.random.key(1), params))
   source = text_source()
   cohort = data.pack(source, source.ids, lanes=LANES, batch_size=BATCH)
-  round_fn = jax.jit(algorithm.round, donate_argnums=0)
+  round_fn = jax.jit(
+      algorithm.round,
+      donate_argnums=0,
+      # Of LLVM, which comes after HLO and takes most of the time.
+      compiler_options={"xla_backend_optimization_level": "0"},
+  )
   if mesh_shape is None:
     return round_fn.lower(state, params, cohort).compile().as_text(), state
   mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_shape)))

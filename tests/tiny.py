@@ -13,18 +13,18 @@ import pytest
 from fedfm import sharding
 from fedfm.models import DecoderConfig, decoder, huggingface
 
-WORDS = "the cat sat on a mat and the dog ran to the hill in rain".split()
+WORDS = "the cat sat on a mat and the dog ran to the hill in rain"
 
 
 def write_model(folder: pathlib.Path, **sizes: int) -> str:
   """Writes a random byte decoder of one layer as a Hugging Face folder."""
   config = {
-      "vocab_size": 272,
-      "width": 16,
-      "num_layers": 1,
-      "num_heads": 2,
-      "mlp_width": 32,
-      "max_length": 64,
+    "vocab_size": 272,
+    "width": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "mlp_width": 32,
+    "max_length": 64,
   }
   model = decoder(DecoderConfig(**(config | sizes)))
   huggingface.save(folder, model, model.init(jax.random.key(7)))
@@ -33,14 +33,15 @@ def write_model(folder: pathlib.Path, **sizes: int) -> str:
 
 def write_data(path: pathlib.Path, num_clients: int = 10) -> str:
   """Writes clients of 2 to 5 documents, each with words of its own."""
+  words = WORDS.split()
   with open(path, "w", encoding="utf-8") as file:
     for client in range(num_clients):
       for document in range(2 + client % 4):
-        words = [
-            WORDS[(client * step + document) % len(WORDS)]
-            for step in range(10 + 3 * client)
+        text = [
+          words[(client * step + document) % len(words)]
+          for step in range(10 + 3 * client)
         ]
-        row = {"client": f"client {client}", "text": " ".join(words)}
+        row = {"client": f"client {client}", "text": " ".join(text)}
         file.write(json.dumps(row) + "\n")
   return str(path)
 
@@ -70,19 +71,19 @@ def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
   if not data.exists():
     write_data(data)
   values: dict[str, Any] = {
-      "rounds": 2,
-      "clients_per_round": 3,
-      "model": {"path": str(model)},
-      "adapter": {"rank": 2},
-      "data": {
-          "name": "jsonl",
-          "path": str(data),
-          "sequence_length": 16,
-          "unseen_fraction": 0.2,
-      },
-      "client": {"batch_size": 2, "local_steps": 3, "learning_rate": 0.5},
-      "eval": {"every": 2, "batch_size": 2, "max_examples": 3},
-      "checkpoint": {"every": 1},
+    "rounds": 2,
+    "clients_per_round": 3,
+    "model": {"path": str(model)},
+    "adapter": {"rank": 2},
+    "data": {
+      "name": "jsonl",
+      "path": str(data),
+      "sequence_length": 16,
+      "unseen_fraction": 0.2,
+    },
+    "client": {"batch_size": 2, "local_steps": 3, "learning_rate": 0.5},
+    "eval": {"every": 2, "batch_size": 2, "max_examples": 3},
+    "checkpoint": {"every": 1},
   }
   for name, value in changes.items():
     merge = isinstance(value, dict) and name in values

@@ -36,22 +36,30 @@ def from_jsonl(
     array of str [examples]} in the file's order.
 
   Raises:
-    DataError: A file that cannot be read or has no rows, or a line that is not
-      a JSON object with both strings; says which line.
+    DataError: A file that cannot be read or has no rows, a line that is not a
+      JSON object with both strings (says which line), or a client whose texts
+      are all empty.
   """
   path = os.fspath(path)
   keys = (client_key, text_key)
   compressed = path.endswith(".gz")
   # Byte offsets, or the texts themselves where the file cannot be sought in.
   rows: dict[str, Any] = {}
+  empty: dict[str, None] = {}
   for offset, where, line in _lines(path, compressed):
     client_id, text = _parse_row(line, where, keys)
+    if text:
+      empty.pop(client_id, None)
+    elif client_id not in rows:
+      empty[client_id] = None
     if compressed:
       rows.setdefault(client_id, []).append(text)
     else:
       rows.setdefault(client_id, array.array("q")).append(offset)
   if not rows:
     raise errors.DataError(f"{path}: got no rows, expected at least 1")
+  for client_id in empty:
+    raise errors.DataError(f"{path}: client {client_id!r}: has no text")
 
   def read_texts(client_id: str) -> list[str]:
     if compressed:
