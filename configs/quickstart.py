@@ -1,6 +1,6 @@
 """LoRA on the byte Llama, federated over the standard library's modules.
 
-  python scripts/train.py --config=configs/quickstart.py --workdir=/tmp/run
+python scripts/train.py --config=configs/quickstart.py --workdir=/tmp/run
 """
 
 import ml_collections
@@ -8,24 +8,28 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config; every other field has the default of `settings.py`."""
-  return ml_collections.ConfigDict({
+  return ml_collections.ConfigDict(
+    {
       "seed": 0,
-      "rounds": 40,
-      "clients_per_round": 16,
+      "rounds": 6,
+      "clients_per_round": 8,
       "algorithm": "fedavg",
       "adapter": {
-          "kind": "lora",
-          "rank": 8,
-          "alpha": 16.0,
-          "targets": ("q_proj", "v_proj", "up_proj", "down_proj"),
+        "kind": "lora",
+        "rank": 8,
+        "alpha": 16.0,
+        "targets": ("q_proj", "v_proj", "up_proj", "down_proj"),
       },
       "data": {"name": "python_stdlib", "sequence_length": 512},
       "client": {
-          "optimizer": "adam",
-          "learning_rate": 0.003,
-          "batch_size": 4,
-          "local_steps": 4,
-          "clip_norm": 1.0,
+        "optimizer": "adam",
+        "learning_rate": 0.003,
+        "schedule": "linear",
+        "batch_size": 2,
+        "local_steps": 8,
+        "clip_norm": 1.0,
       },
-      "eval": {"every": 10, "batch_size": 8, "max_examples": 4},
-  })
+      "eval": {"every": 3, "batch_size": 8, "max_examples": 2},
+      "checkpoint": {"every": 3},
+    }
+  )

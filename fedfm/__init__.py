@@ -2,21 +2,23 @@
 
 import importlib
 
-from fedfm import errors
-from fedfm import types
-from fedfm import trees
-from fedfm import sharding
-from fedfm import models
-from fedfm import adapters
-from fedfm import clients
-from fedfm import aggregators
-from fedfm import algorithms
-from fedfm import data
+from fedfm import (
+  adapters,
+  aggregators,
+  algorithms,
+  clients,
+  data,
+  errors,
+  models,
+  sharding,
+  trees,
+  types,
+)
 from fedfm.sharding import ShardingRules, make_mesh
 
 __version__ = "0.1.0"
 
-# Imports orbax and ml_collections: on first use, so that `import fedfm` is fast.
+# These import orbax: on first use, so that `import fedfm` is fast.
 _LAZY = ("baselines", "checkpoint", "experiment")
 
 
@@ -27,17 +29,17 @@ def __getattr__(name: str):
 
 
 __all__ = [
-    "ShardingRules",
-    "adapters",
-    "aggregators",
-    "algorithms",
-    "clients",
-    "data",
-    "experiment",
-    "errors",
-    "make_mesh",
-    "models",
-    "sharding",
-    "trees",
-    "types",
+  "ShardingRules",
+  "adapters",
+  "aggregators",
+  "algorithms",
+  "clients",
+  "data",
+  "experiment",
+  "errors",
+  "make_mesh",
+  "models",
+  "sharding",
+  "trees",
+  "types",
 ]

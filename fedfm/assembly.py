@@ -8,19 +8,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from fedfm import adapters
-from fedfm import choices
-from fedfm import clients
+from fedfm import (
+  adapters,
+  choices,
+  clients,
+  errors,
+  evaluation,
+  models,
+  planning,
+  sharding,
+  types,
+)
 from fedfm import data as data_lib
-from fedfm import errors
-from fedfm import evaluation
-from fedfm import models
-from fedfm import planning
 from fedfm import settings as settings_lib
-from fedfm import sharding
-from fedfm import types
-from fedfm.data import holdout
-from fedfm.data import text
+from fedfm.data import holdout, text
 from fedfm.models import families
 from fedfm.settings import Settings
 
@@ -270,6 +271,7 @@ def build(settings: Settings) -> Experiment:
   lanes = planning.choose_lanes(settings, data.train, sampler, mesh)
   buckets = planning.plan_buckets(settings, data.train, sampler, lanes)
   places = sharding.shardings(mesh, model.axes, model.shapes)
+  params: PyTree = None  # Set below, by one of two places.
   if settings.model.init == "pretrained":
     params = models.huggingface.load(
       _model_folder(settings), mesh=mesh, dtype=settings.model.dtype

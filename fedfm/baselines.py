@@ -14,17 +14,18 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from fedfm import choices
-from fedfm import clients
-from fedfm import data
-from fedfm import errors
-from fedfm import evaluation
-from fedfm import planning
-from fedfm import sharding
-from fedfm import trees
+from fedfm import (
+  choices,
+  clients,
+  data,
+  errors,
+  evaluation,
+  planning,
+  sharding,
+  trees,
+)
 from fedfm.assembly import Experiment
-from fedfm.data import packing
-from fedfm.data import sampling
+from fedfm.data import packing, sampling
 from fedfm.types import Aggregator
 
 PyTree = Any

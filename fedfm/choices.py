@@ -5,8 +5,7 @@ from typing import Any
 
 import optax
 
-from fedfm import algorithms
-from fedfm import errors
+from fedfm import algorithms, errors
 from fedfm.clients import local
 from fedfm.data import sampling
 from fedfm.settings import ClientSettings, ServerSettings, Settings
@@ -54,6 +53,7 @@ def client_optimizer(
     `optimizer(round) -> optax.GradientTransformation`.
   """
   rate = schedule(settings.schedule, settings.learning_rate, rounds)
+  # pyrefly: ignore[bad-argument-type]
   return lambda round_index: local_optimizer(settings, rate(round_index))
 
 

@@ -1,7 +1,7 @@
 """Text in, text out: continues a prompt with a model, adapted or not."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ def generate_text(
     )
   generated = generation.generate(
     apply or model.apply,
-    model.init_cache,
+    cast("Callable[..., PyTree]", model.init_cache),
     params,
     tokens[None],
     max_new_tokens=max_new_tokens,

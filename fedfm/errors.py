@@ -3,8 +3,8 @@
 Every message is one line: what, where, got, expected.
 """
 
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class FedFMError(ValueError):

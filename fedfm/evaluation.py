@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedfm import aggregators
-from fedfm import report
+from fedfm import aggregators, report
 from fedfm.clients import engine
 from fedfm.types import ClientUpdate, Cohort, LossFn
 
@@ -33,7 +32,8 @@ def client_evaluation(loss: LossFn) -> ClientUpdate:
     return {"tokens": zero, "loss_sum": zero, "correct": zero}
 
   def step(sums, trainable_and_base, batch, key):
-    _, aux = loss(*trainable_and_base, batch, key)
+    trainable, base = trainable_and_base
+    _, aux = loss(trainable, base, batch, key)
     return {k: v + aux[k].astype(v.dtype) for k, v in sums.items()}
 
   def finish(broadcast, sums, info):

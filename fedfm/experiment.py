@@ -18,12 +18,8 @@ import jax
 from jax.experimental import multihost_utils
 import ml_collections
 
-from fedfm import assembly
-from fedfm import checkpoint
-from fedfm import errors
+from fedfm import assembly, checkpoint, errors, prefetch, run_folder
 from fedfm import metrics as metrics_lib
-from fedfm import prefetch
-from fedfm import run_folder
 from fedfm import settings as settings_lib
 from fedfm.assembly import Experiment
 from fedfm.settings import Settings

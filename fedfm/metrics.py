@@ -15,8 +15,7 @@ import sys
 import time
 from typing import Any, Self, TextIO
 
-from fedfm import errors
-from fedfm import run_folder
+from fedfm import errors, run_folder
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def prefetch(
-    make: Callable[[int], T], first: int, last: int
+  make: Callable[[int], T], first: int, last: int
 ) -> Iterator[tuple[int, T]]:
   """Yields `(i, make(i))` for i in [first, last), made one ahead in a thread.
 
@@ -23,6 +23,7 @@ def prefetch(
   with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
     pending = pool.submit(make, first) if first < last else None
     for index in range(first, last):
+      assert pending is not None  # There is an index, so one was made.
       value = pending.result()
       if index + 1 < last:
         pending = pool.submit(make, index + 1)

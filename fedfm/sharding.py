@@ -4,16 +4,15 @@ Model code names *logical* axes ("embed", "heads", ...) once per parameter; a
 `ShardingRules` maps them to the mesh axes `clients`, `fsdp`, `tensor`.
 """
 
-import math
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 
 MESH_AXES = ("clients", "fsdp", "tensor")
 PyTree = Any
@@ -21,7 +20,7 @@ LogicalAxes = tuple[str | None, ...]
 
 
 def make_mesh(
-    axis_sizes: Mapping[str, int] | None = None, devices=None
+  axis_sizes: Mapping[str, int] | None = None, devices=None
 ) -> Mesh:
   """Makes the mesh `(clients, fsdp, tensor)`, clients outermost.
 
@@ -45,15 +44,15 @@ def make_mesh(
   num_devices = len(jax.devices() if devices is None else devices)
   sizes = mesh_shape(axis_sizes, num_devices)
   return jax.make_mesh(
-      sizes,
-      MESH_AXES,
-      axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
-      devices=devices,
+    sizes,
+    MESH_AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
+    devices=devices,
   )
 
 
 def mesh_shape(
-    axis_sizes: Mapping[str, int], num_devices: int
+  axis_sizes: Mapping[str, int], num_devices: int
 ) -> tuple[int, int, int]:
   """Resolves -1 and checks sizes against the number of devices.
 
@@ -74,15 +73,15 @@ def mesh_shape(
   for name, size in axis_sizes.items():
     if name not in MESH_AXES:
       raise errors.ConfigError(
-          f"mesh.{name}: unknown axis{errors.nearest(name, MESH_AXES)}"
+        f"mesh.{name}: unknown axis{errors.nearest(name, MESH_AXES)}"
       )
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
       raise errors.ConfigError(
-          f"mesh.{name}: got {size!r}, expected an integer"
+        f"mesh.{name}: got {size!r}, expected an integer"
       )
     if size == 0 or size < -1:
       raise errors.ConfigError(
-          f"mesh.{name}: got {size}, expected a positive size or -1 (the rest)"
+        f"mesh.{name}: got {size}, expected a positive size or -1 (the rest)"
       )
   sizes = [int(axis_sizes.get(name, 1)) for name in MESH_AXES]
   if sizes.count(-1) > 1:
@@ -91,14 +90,14 @@ def mesh_shape(
   if -1 in sizes:
     if num_devices % fixed:
       raise errors.ConfigError(
-          f"mesh: {num_devices} devices do not divide by the fixed axes' "
-          f"product {fixed}"
+        f"mesh: {num_devices} devices do not divide by the fixed axes' "
+        f"product {fixed}"
       )
     sizes[sizes.index(-1)] = num_devices // fixed
   elif fixed != num_devices:
     shape = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes))
     raise errors.ConfigError(
-        f"mesh: {shape} needs {fixed} devices, but there are {num_devices}"
+      f"mesh: {shape} needs {fixed} devices, but there are {num_devices}"
     )
   return sizes[0], sizes[1], sizes[2]
 
@@ -127,14 +126,13 @@ class ShardingRules(dict[str, str | None]):
     for axis in axes:
       if axis is not None and axis not in self:
         raise errors.ConfigError(
-            f"sharding: unknown logical axis {axis!r}"
-            f"{errors.nearest(axis, self)}"
+          f"sharding: unknown logical axis {axis!r}{errors.nearest(axis, self)}"
         )
       mapped.append(None if axis is None else self[axis])
     used = [m for m in mapped if m is not None]
     if len(used) != len(set(used)):
       raise errors.ConfigError(
-          f"sharding: axes {axes} collide on one mesh axis: {mapped}"
+        f"sharding: axes {axes} collide on one mesh axis: {mapped}"
       )
     return jax.P(*mapped)
 
@@ -142,32 +140,34 @@ class ShardingRules(dict[str, str | None]):
 # Parameters and activations. The embedding table keeps its width whole: width
 # and batch both over fsdp would all-gather the table over `clients`.
 DEFAULT_RULES = ShardingRules(
-    layers=None,
-    vocab="tensor",
-    table_width=None,
-    embed="fsdp",
-    heads="tensor",
-    kv_heads="tensor",
-    mlp="tensor",
-    norm=None,
-    rank=None,
-    batch="fsdp",
-    sequence=None,
-    width=None,
+  layers=None,
+  vocab="tensor",
+  table_width=None,
+  embed="fsdp",
+  heads="tensor",
+  kv_heads="tensor",
+  mlp="tensor",
+  norm=None,
+  rank=None,
+  batch="fsdp",
+  sequence=None,
+  width=None,
 )
 
 
 def is_axes(x: Any) -> bool:
   """Whether `x` is a tuple of logical axes (a leaf of an axes tree)."""
-  return isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+  return isinstance(x, tuple) and all(
+    a is None or isinstance(a, str) for a in x
+  )
 
 
 def shardings(
-    mesh: Mesh,
-    axes: PyTree,
-    shapes: PyTree,
-    rules: ShardingRules = DEFAULT_RULES,
-    prefix: tuple[str | None, ...] = (),
+  mesh: Mesh,
+  axes: PyTree,
+  shapes: PyTree,
+  rules: ShardingRules = DEFAULT_RULES,
+  prefix: tuple[str | None, ...] = (),
 ) -> PyTree:
   """Builds a `NamedSharding` per leaf and checks divisibility.
 
@@ -191,8 +191,8 @@ def shardings(
     for dim, mesh_axis in zip(leaf.shape, spec):
       if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
         raise errors.ConfigError(
-            f"mesh.{mesh_axis}: {mesh.shape[mesh_axis]} does not divide "
-            f"dimension {dim} of {jax.tree_util.keystr(path)} {leaf.shape}"
+          f"mesh.{mesh_axis}: {mesh.shape[mesh_axis]} does not divide "
+          f"dimension {dim} of {jax.tree_util.keystr(path)} {leaf.shape}"
         )
     return NamedSharding(mesh, spec)
 
@@ -200,7 +200,7 @@ def shardings(
 
 
 def shardings_like(
-    mesh: Mesh, tree: PyTree, reference: PyTree, reference_shardings: PyTree
+  mesh: Mesh, tree: PyTree, reference: PyTree, reference_shardings: PyTree
 ) -> PyTree:
   """Shards a tree that holds copies of another: optimizer moments, a trainable.
 
@@ -217,12 +217,12 @@ def shardings_like(
     A tree like `tree` of `NamedSharding`.
   """
   known = {
-      path: (leaf.shape, leaf_sharding)
-      for path, leaf, leaf_sharding in zip(
-          trees.paths(reference),
-          jax.tree.leaves(reference),
-          jax.tree.leaves(reference_shardings),
-      )
+    path: (leaf.shape, leaf_sharding)
+    for path, leaf, leaf_sharding in zip(
+      trees.paths(reference),
+      jax.tree.leaves(reference),
+      jax.tree.leaves(reference_shardings),
+    )
   }
 
   def one(path, leaf):
@@ -238,7 +238,7 @@ def shardings_like(
 
 
 def constrain(
-    x: jax.Array, *axes: str | None, rules: ShardingRules = DEFAULT_RULES
+  x: jax.Array, *axes: str | None, rules: ShardingRules = DEFAULT_RULES
 ) -> jax.Array:
   """Constrains an activation's sharding under the mesh that is set.
 

@@ -1,6 +1,6 @@
 """Arithmetic on whole pytrees: norms, sums, selects."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def zeros_like(tree: PyTree) -> PyTree:
 def select(predicate: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
   """Returns one of two trees by a scalar predicate; NaNs do not leak."""
   return jax.tree.map(
-      lambda t, f: jnp.where(predicate, t, f), on_true, on_false
+    lambda t, f: jnp.where(predicate, t, f), on_true, on_false
   )
 
 
@@ -40,10 +40,11 @@ def squared_norm(tree: PyTree) -> jax.Array:
   leaves = [x for x in jax.tree.leaves(tree)]
   if not leaves:
     return jnp.zeros(())
-  return sum(
-      jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
-      for x in leaves
+  total = sum(
+    jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+    for x in leaves
   )
+  return cast(jax.Array, total)  # There are leaves: not the int 0.
 
 
 def norm(tree: PyTree) -> jax.Array:
@@ -68,7 +69,7 @@ def num_elements(tree: PyTree) -> int:
 def num_bytes(tree: PyTree) -> int:
   """Returns how many bytes the tree's arrays take; works on shapes too."""
   return sum(
-      int(x.size) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+    int(x.size) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
   )
 
 
@@ -91,6 +92,6 @@ def copy(tree: PyTree) -> PyTree:
 def cast(tree: PyTree, dtype: Any) -> PyTree:
   """Casts the floating leaves; integers and keys stay."""
   return jax.tree.map(
-      lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
-      tree,
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+    tree,
   )

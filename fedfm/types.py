@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 
 PyTree = Any
 Array = Any  # A jax or NumPy array.
@@ -112,15 +111,15 @@ class Aggregator(NamedTuple):
     weights = jnp.asarray(weights)
     if weights.shape[0] < self.min_clients:
       raise errors.ConfigError(
-          f"messages: got {weights.shape[0]} clients, expected at least "
-          f"{self.min_clients} for this aggregator"
+        f"messages: got {weights.shape[0]} clients, expected at least "
+        f"{self.min_clients} for this aggregator"
       )
     finite = jax.lax.map(trees.all_finite, (messages, weights))
     kept = finite & (weights > 0)
     weights = jnp.where(kept, weights, 0)
     messages = jax.tree.map(
-        lambda x: jnp.where(kept.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0),
-        messages,
+      lambda x: jnp.where(kept.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0),
+      messages,
     )
     state = self.init(jax.tree.map(lambda x: jnp.zeros_like(x[0]), messages))
     if self.add is None:

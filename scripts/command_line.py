@@ -16,8 +16,7 @@ from absl import flags
 import jax
 import ml_collections
 
-from fedfm import errors
-from fedfm import settings
+from fedfm import errors, settings
 
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -73,9 +72,10 @@ def _start_processes() -> None:
       "--coordinator, --num_processes and --process_id go together, got "
       f"{given}"
     )
-  if given[2] is not None and not 0 <= given[2] < given[1]:
+  _, count, index = given
+  if count is not None and index is not None and not 0 <= index < count:
     raise errors.ConfigError(
-      f"--process_id: got {given[2]}, expected 0 to {given[1] - 1}"
+      f"--process_id: got {index}, expected 0 to {count - 1}"
     )
   try:
     jax.distributed.initialize(*given)
@@ -160,6 +160,7 @@ def _read(path: str) -> dict[str, Any]:
   if file.suffix != ".py":
     raise errors.ConfigError(f"--config: {path}, expected a .py file")
   spec = importlib.util.spec_from_file_location("fedfm_config", file)
+  assert spec is not None and spec.loader is not None  # It ends in .py.
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)

@@ -11,13 +11,12 @@ that this may run beside the training.
 """
 
 import json
+from typing import Any
 
 from absl import flags
 
 import command_line
-from fedfm import evaluation
-from fedfm import experiment
-from fedfm import report
+from fedfm import evaluation, experiment, report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
 _PER_CLIENT = flags.DEFINE_bool("per_client", False, "A row a client.")
@@ -34,7 +33,7 @@ def main():
     metrics = evaluation.client_metrics(sums, in_bytes)
     if _PER_CLIENT.value:
       for index, client_id in enumerate(sums["ids"]):
-        row = {"population": population, "client": client_id}
+        row: dict[str, Any] = {"population": population, "client": client_id}
         row["tokens"] = int(sums["tokens"][index])
         if row["tokens"]:
           row |= {name: float(x[index]) for name, x in metrics.items()}
@@ -42,7 +41,7 @@ def main():
     else:
       summary = evaluation.summarise(sums, in_bytes)
       for name in metrics:
-        row = {"population": population, "metric": name}
+        row: dict[str, Any] = {"population": population, "metric": name}
         row["clients"] = len(sums["ids"])
         row["mean"] = summary.get(name)
         row["p10"] = summary.get(f"{name}_p10")

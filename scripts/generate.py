@@ -11,11 +11,7 @@ from; `--config.FIELD=VALUE` changes a field of its config, such as the mesh.
 from absl import flags
 
 import command_line
-from fedfm import assembly
-from fedfm import completion
-from fedfm import data
-from fedfm import errors
-from fedfm import experiment
+from fedfm import assembly, completion, data, errors, experiment
 from fedfm.models import huggingface
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.")

@@ -10,8 +10,8 @@ with it are left out.
 About an hour on two CPU cores with the defaults. Two virtual devices, one a
 core, are faster there than one:
 
-  XLA_FLAGS=--xla_force_host_platform_device_count=2 python scripts/pretrain.py \
-    --output=DIR
+  XLA_FLAGS=--xla_force_host_platform_device_count=2 \
+    python scripts/pretrain.py --output=DIR
 """
 
 import math
@@ -24,19 +24,14 @@ import numpy as np
 import optax
 
 import command_line
-from fedfm import experiment
-from fedfm import sharding
-from fedfm import trees
-from fedfm.data import dependencies
-from fedfm.data import tokenizers
-from fedfm.models import decoder as decoder_lib
-from fedfm.models import huggingface
-from fedfm.models import losses
+from fedfm import experiment, sharding, trees
+from fedfm.data import dependencies, tokenizers
+from fedfm.models import DecoderConfig, decoder, huggingface, losses
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps.")
 _LONG = flags.DEFINE_float(
-    "long_fraction", 0.25, "Share of steps, at the end, at the full length."
+  "long_fraction", 0.25, "Share of steps, at the end, at the full length."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and data order.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens a step.")
@@ -44,18 +39,18 @@ _LENGTH = flags.DEFINE_integer("length", 512, "Longest sequence, in tokens.")
 _MUON_RATE = flags.DEFINE_float("learning_rate", 0.01, "Peak rate of Muon.")
 _ADAM_RATE = flags.DEFINE_float("adam_rate", 0.003, "Peak rate of Adam.")
 _MAX_BYTES = flags.DEFINE_integer(
-    "max_bytes", 4_000_000, "Most bytes of any one distribution."
+  "max_bytes", 4_000_000, "Most bytes of any one distribution."
 )
 
-CONFIG = decoder_lib.DecoderConfig(
-    vocab_size=272,
-    width=192,
-    num_layers=4,
-    num_heads=3,
-    num_kv_heads=1,
-    mlp_width=576,
-    max_length=512,
-    scan_layers=False,
+CONFIG = DecoderConfig(
+  vocab_size=272,
+  width=192,
+  num_layers=4,
+  num_heads=3,
+  num_kv_heads=1,
+  mlp_width=576,
+  max_length=512,
+  scan_layers=False,
 )
 
 
@@ -70,7 +65,7 @@ def corpus(seed: int) -> tuple[list[bytes], list[bytes], dict[str, int]]:
     distribution.
   """
   files, left_out = dependencies.without_copies(
-      dependencies.source_files(), dependencies.standard_library_texts()
+    dependencies.source_files(), dependencies.standard_library_texts()
   )
   print(f"left out {len(left_out)} files that share lines with the stdlib")
   order = np.random.default_rng(seed).permutation(len(files))
@@ -97,10 +92,7 @@ def rows(documents: list[bytes], length: int) -> np.ndarray:
   """
   tokenizer = tokenizers.byte_tokenizer()
   stream = np.concatenate(
-      [
-          np.concatenate([[tokenizer.bos], tokenizer.encode(d)])
-          for d in documents
-      ]
+    [np.concatenate([[tokenizer.bos], tokenizer.encode(d)]) for d in documents]
   )
   count = (len(stream) - 1) // (length - 1)
   starts = np.arange(count)[:, None] * (length - 1)
@@ -115,28 +107,26 @@ def optimizer(steps: int) -> optax.GradientTransformation:
     decay = optax.schedules.linear_schedule(1.0, 0.0, steps)
     return lambda count: warmup(count) * decay(count)
 
-  matrix = optax.contrib.MuonDimensionNumbers(
-      reduction_axis=1, output_axis=2
-  )
+  matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
   return optax.chain(
-      optax.clip_by_global_norm(1.0),
-      optax.contrib.muon(
-          rate(_MUON_RATE.value),
-          adam_learning_rate=rate(_ADAM_RATE.value),
-          adam_b2=0.99,
-          weight_decay=0.01,
-          consistent_rms=0.2,
-          muon_weight_dimension_numbers=lambda params: (
-              jax.tree.map(lambda x: matrix if x.ndim == 3 else None, params)
-          ),
+    optax.clip_by_global_norm(1.0),
+    optax.contrib.muon(
+      rate(_MUON_RATE.value),
+      adam_learning_rate=rate(_ADAM_RATE.value),
+      adam_b2=0.99,
+      weight_decay=0.01,
+      consistent_rms=0.2,
+      muon_weight_dimension_numbers=lambda params: jax.tree.map(
+        lambda x: matrix if x.ndim == 3 else None, params
       ),
+    ),
   )
 
 
 def main():
   train, validation, sizes = corpus(_SEED.value)
   print(f"{sum(map(len, train)):,} bytes of {len(sizes)} distributions")
-  model = decoder_lib.decoder(CONFIG)
+  model = decoder(CONFIG)
   params = model.init(jax.random.key(_SEED.value))
   print(f"{trees.num_elements(params):,} parameters")
   tx = optimizer(_STEPS.value)
@@ -145,17 +135,17 @@ def main():
   mesh = sharding.make_mesh({"clients": 1, "fsdp": -1})
   jax.set_mesh(mesh)
   params, opt_state = jax.device_put(
-      (params, tx.init(params)), jax.NamedSharding(mesh, jax.P())
+    (params, tx.init(params)), jax.NamedSharding(mesh, jax.P())
   )
 
   def batch_of(tokens):
     return jax.device_put(
-        {
-            "tokens": tokens,
-            "loss_mask": (tokens != tokenizer.bos).astype(np.float32),
-            "mask": np.ones(len(tokens), np.float32),
-        },
-        jax.NamedSharding(mesh, jax.P("fsdp")),
+      {
+        "tokens": tokens,
+        "loss_mask": (tokens != tokenizer.bos).astype(np.float32),
+        "mask": np.ones(len(tokens), np.float32),
+      },
+      jax.NamedSharding(mesh, jax.P("fsdp")),
     )
 
   @jax.jit(donate_argnums=(0, 1))
@@ -176,8 +166,8 @@ def main():
 
   long_steps = int(_STEPS.value * _LONG.value)
   phases = [
-      (_LENGTH.value // 2, _STEPS.value - long_steps),
-      (_LENGTH.value, long_steps),
+    (_LENGTH.value // 2, _STEPS.value - long_steps),
+    (_LENGTH.value, long_steps),
   ]
   held_out = rows(validation, _LENGTH.value)[:128]
   done, start, mean, position = 0, time.time(), None, 0
@@ -197,15 +187,15 @@ def main():
         spent = time.time() - start
         left = spent / done * (_STEPS.value - done)
         print(
-            f"step {done}/{_STEPS.value}  bits/byte {mean:.3f}  "
-            f"{done * _BATCH_TOKENS.value / spent:,.0f} tokens/s  "
-            f"{left / 60:.0f} min left",
-            flush=True,
+          f"step {done}/{_STEPS.value}  bits/byte {mean:.3f}  "
+          f"{done * _BATCH_TOKENS.value / spent:,.0f} tokens/s  "
+          f"{left / 60:.0f} min left",
+          flush=True,
         )
       if done % 200 == 0 or done == _STEPS.value:
         print(f"  held out: {bits_per_byte(params, held_out):.4f} bits/byte")
         huggingface.save(
-            _OUTPUT.value, model, trees.cast(jax.device_get(params), jnp.bfloat16)
+          _OUTPUT.value, model, trees.cast(jax.device_get(params), jnp.bfloat16)
         )
     position = steps
   report_unseen()
@@ -213,11 +203,13 @@ def main():
 
 def report_unseen():
   """Evaluates what was written on clients of the standard library."""
-  built = experiment.build({
+  built = experiment.build(
+    {
       "model": {"path": _OUTPUT.value},
       "data": {"sequence_length": _LENGTH.value},
       "eval": {"max_examples": 0},
-  })
+    }
+  )
   metrics = built.evaluate(built.trainable)  # LoRA starts as the base itself.
   for population in ("unseen", "seen"):
     bits = metrics[f"eval/{population}/bits_per_byte"]

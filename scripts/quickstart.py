@@ -15,15 +15,14 @@ import time
 from absl import flags
 
 import command_line
-from fedfm import baselines
-from fedfm import completion
-from fedfm import experiment
+from fedfm import baselines, completion, experiment, report
 from fedfm import metrics as metrics_lib
-from fedfm import report
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run's folder.")
-_LOCAL_CLIENTS = flags.DEFINE_integer("local_clients", 8, "Clients of local-only.")
+_LOCAL_CLIENTS = flags.DEFINE_integer(
+  "local_clients", 8, "Clients of local-only."
+)
 _LOCAL_STEPS = flags.DEFINE_integer("local_steps", 16, "Their local steps.")
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
 _METRIC = "bits_per_byte"
@@ -37,7 +36,7 @@ def row(name, values):
     key = f"eval/{population}/{_METRIC}"
     cells[population] = f"{values[key]:.3f}"
     cells[f"{population} p10-p90"] = (
-        f"{values[key + '_p10']:.2f}-{values[key + '_p90']:.2f}"
+      f"{values[key + '_p10']:.2f}-{values[key + '_p90']:.2f}"
     )
   return cells
 
@@ -53,23 +52,23 @@ def plot(folder, lines, centralized):
 
   def panel(x, xlabel):
     bits = {
-        f"{p} clients": [lines[i][f"eval/{p}/{_METRIC}"] for i in evaluated]
-        for p in _POPULATIONS
+      f"{p} clients": [lines[i][f"eval/{p}/{_METRIC}"] for i in evaluated]
+      for p in _POPULATIONS
     }
     at = [x[i] for i in evaluated]
     series = {name: (at, ys) for name, ys in bits.items()}
     series["training"] = (
-        [x[i] for i in trained],
-        [lines[i]["train/loss"] / math.log(2) for i in trained],
+      [x[i] for i in trained],
+      [lines[i]["train/loss"] / math.log(2) for i in trained],
     )
     level = centralized[f"eval/unseen/{_METRIC}"]
     series["centralized, unseen clients"] = ([x[0], x[-1]], [level] * 2)
     return report.Panel(series, xlabel, "bits per byte")
 
   report.plot_lines(
-      folder / "loss.png",
-      panel([line["round"] for line in lines], "round"),
-      panel(megabytes, "megabytes sent, up and down"),
+    folder / "loss.png",
+    panel([line["round"] for line in lines], "round"),
+    panel(megabytes, "megabytes sent, up and down"),
   )
 
 
@@ -84,8 +83,8 @@ def main():
   built = experiment.build(command_line.load_config(_CONFIG.value))
   base = built.initial_state().trainable
   say(
-      f"federating {built.adapter.kind} over {len(built.data.train)} clients, "
-      f"{built.settings.clients_per_round} a round"
+    f"federating {built.adapter.kind} over {len(built.data.train)} clients, "
+    f"{built.settings.clients_per_round} a round"
   )
   summary, state = experiment.run(built, folder)
   lines = metrics_lib.read(folder)
@@ -103,38 +102,40 @@ def main():
   stacked = baselines.local_only(built, ids, _LOCAL_STEPS.value)
   local = baselines.evaluate_each(built, ids, stacked)
 
-  table = report.table([
+  table = report.table(
+    [
       row("base", summary["base"]),
       row("local only", local),
       row("federated", summary["final"]),
       row("centralized", centralized),
-  ])
+    ]
+  )
   text = {
-      name: completion.generate_text(
-          built.model,
-          (built.base, trainable),
-          built.tokenizer,
-          _PROMPT.value,
-          apply=built.adapter.apply,
-          max_new_tokens=160,
-          temperature=0.5,
-          top_p=0.9,
-      )
-      for name, trainable in (("before", base), ("after", state.trainable))
+    name: completion.generate_text(
+      built.model,
+      (built.base, trainable),
+      built.tokenizer,
+      _PROMPT.value,
+      apply=built.adapter.apply,
+      max_new_tokens=160,
+      temperature=0.5,
+      top_p=0.9,
+    )
+    for name, trainable in (("before", base), ("after", state.trainable))
   }
   plot(folder, lines, centralized)
   samples = "\n".join(
-      f"--- {name} ---\n{_PROMPT.value}{added}\n" for name, added in text.items()
+    f"--- {name} ---\n{_PROMPT.value}{added}\n" for name, added in text.items()
   )
   (folder / "table.md").write_text(table + "\n")
   (folder / "samples.txt").write_text(samples)
   key = f"eval/unseen/{_METRIC}"
   start, end = summary["base"][key], summary["final"][key]
   say(
-      f"bits per byte on held-out text, mean over clients\n\n{table}\n\n"
-      f"unseen clients: {1 - end / start:.1%} below the base, "
-      f"{(start - end) / (start - centralized[key]):.0%} of the gain of "
-      f"centralized training\n\n{samples}"
+    f"bits per byte on held-out text, mean over clients\n\n{table}\n\n"
+    f"unseen clients: {1 - end / start:.1%} below the base, "
+    f"{(start - end) / (start - centralized[key]):.0%} of the gain of "
+    f"centralized training\n\n{samples}"
   )
   say(f"wrote {folder}/: table.md, samples.txt, loss.png, and the run")
 

@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
 
 def main():
   summary = experiment.train(
-      command_line.load_config(_CONFIG.value), _WORKDIR.value
+    command_line.load_config(_CONFIG.value), _WORKDIR.value
   )
   print(json.dumps(summary, indent=2))
 

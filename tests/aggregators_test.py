@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedfm import aggregators
-from fedfm import errors
+from fedfm import aggregators, errors
 
 N, F = 9, 2
 MAKERS = {
-    "weighted_mean": aggregators.weighted_mean,
-    "median": aggregators.median,
-    "trimmed_mean": lambda: aggregators.trimmed_mean(F),
-    "krum": lambda: aggregators.krum(F),
-    "geometric_median": aggregators.geometric_median,
+  "weighted_mean": aggregators.weighted_mean,
+  "median": aggregators.median,
+  "trimmed_mean": lambda: aggregators.trimmed_mean(F),
+  "krum": lambda: aggregators.krum(F),
+  "geometric_median": aggregators.geometric_median,
 }
 ROBUST = [name for name in MAKERS if name != "weighted_mean"]
 ALIKE = ("median", "trimmed_mean", "krum")  # These do not read weights.
@@ -31,8 +30,8 @@ def messages(n=N, seed=0):
   """A tree of float32 messages, each [n, ...]."""
   rng = np.random.default_rng(seed)
   return {
-      "w": rng.normal(size=(n, 3, 2)).astype(np.float32),
-      "b": [1 + rng.normal(size=n).astype(np.float32)],
+    "w": rng.normal(size=(n, 3, 2)).astype(np.float32),
+    "b": [1 + rng.normal(size=n).astype(np.float32)],
   }
 
 
@@ -52,7 +51,7 @@ def matrix(tree):
 
 def vector(tree):
   return np.concatenate(
-      [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
   )
 
 
@@ -68,8 +67,7 @@ def numpy_rule(name, x, w):
   if name == "krum":
     distances = ((x[:, None] - x[None]) ** 2).sum(-1)
     scores = [
-        np.sort(np.delete(distances[i], i))[: n - F - 2].sum()
-        for i in range(n)
+      np.sort(np.delete(distances[i], i))[: n - F - 2].sum() for i in range(n)
     ]
     return x[np.argmin(scores)]
   centre = w @ x / w.sum()
@@ -106,7 +104,7 @@ def test_ignores_absent_and_nonfinite_clients(name):
   # Between the rows, so that position is no help.
   places = np.array([0, 1, 2, 5, 6, 7, 8, 10, 11])
   wide = jax.tree.map(
-      lambda leaf: np.full((12, *leaf.shape[1:]), 1e4, np.float32), x
+    lambda leaf: np.full((12, *leaf.shape[1:]), 1e4, np.float32), x
   )
   for target, leaf in zip(jax.tree.leaves(wide), jax.tree.leaves(x)):
     target[places] = leaf
@@ -120,12 +118,12 @@ def test_ignores_absent_and_nonfinite_clients(name):
   wide["w"][9, 0, 0] = -np.inf
   wide_weights[[4, 9]] = 5
   np.testing.assert_array_equal(
-      vector(aggregate(name)(wide, wide_weights)), absent
+    vector(aggregate(name)(wide, wide_weights)), absent
   )
   wide["b"][0][4] = 0
   wide_weights[4] = np.nan
   np.testing.assert_array_equal(
-      vector(aggregate(name)(wide, wide_weights)), absent
+    vector(aggregate(name)(wide, wide_weights)), absent
   )
 
 
@@ -141,7 +139,7 @@ def test_permutation_of_clients_changes_nothing(name):
   order = np.random.default_rng(1).permutation(N)
   got = aggregate(name)(jax.tree.map(lambda a: a[order], x), w[order])
   np.testing.assert_allclose(
-      vector(got), vector(aggregate(name)(x, w)), rtol=1e-5, atol=1e-6
+    vector(got), vector(aggregate(name)(x, w)), rtol=1e-5, atol=1e-6
   )
 
 
@@ -165,7 +163,7 @@ def test_weights_only_say_who_is_there(name):
   x = messages()
   got = vector(aggregate(name)(x, weights()))
   np.testing.assert_array_equal(
-      got, vector(aggregate(name)(x, np.ones(N, np.float32)))
+    got, vector(aggregate(name)(x, np.ones(N, np.float32)))
   )
 
 
@@ -200,7 +198,7 @@ def test_no_trimming_is_the_plain_mean():
 
 
 @pytest.mark.parametrize(
-    ("name", "needed"), [("trimmed_mean", 2 * F + 1), ("krum", 2 * F + 3)]
+  ("name", "needed"), [("trimmed_mean", 2 * F + 1), ("krum", 2 * F + 3)]
 )
 def test_too_few_clients_aggregate_to_zero(name, needed):
   w = np.zeros(N, np.float32)
@@ -231,25 +229,23 @@ def test_float64_stays_float64():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: aggregators.trimmed_mean(-1), ["num_byzantine", "-1"]),
-        (lambda: aggregators.krum(-3), ["num_byzantine", "-3"]),
-        (lambda: aggregators.krum(1.5), ["num_byzantine", "1.5"]),
-        (lambda: aggregators.trimmed_mean(True), ["num_byzantine", "True"]),
-        (lambda: aggregators.geometric_median(0.0), ["smoothing", "0.0"]),
-        (lambda: aggregators.geometric_median(1e-6, 0), ["iterations", "0"]),
-        (
-            lambda: aggregators.trimmed_mean(2).aggregate(
-                jnp.ones(4), jnp.ones(4)
-            ),
-            ["messages", "4", "5"],
-        ),
-        (
-            lambda: aggregators.krum(2).aggregate(jnp.ones(6), jnp.ones(6)),
-            ["messages", "6", "7"],
-        ),
-    ],
+  ("make", "words"),
+  [
+    (lambda: aggregators.trimmed_mean(-1), ["num_byzantine", "-1"]),
+    (lambda: aggregators.krum(-3), ["num_byzantine", "-3"]),
+    (lambda: aggregators.krum(1.5), ["num_byzantine", "1.5"]),
+    (lambda: aggregators.trimmed_mean(True), ["num_byzantine", "True"]),
+    (lambda: aggregators.geometric_median(0.0), ["smoothing", "0.0"]),
+    (lambda: aggregators.geometric_median(1e-6, 0), ["iterations", "0"]),
+    (
+      lambda: aggregators.trimmed_mean(2).aggregate(jnp.ones(4), jnp.ones(4)),
+      ["messages", "4", "5"],
+    ),
+    (
+      lambda: aggregators.krum(2).aggregate(jnp.ones(6), jnp.ones(6)),
+      ["messages", "6", "7"],
+    ),
+  ],
 )
 def test_bounds_are_checked(make, words):
   with pytest.raises(errors.ConfigError) as raised:

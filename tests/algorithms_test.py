@@ -9,25 +9,23 @@ import optax
 import pytest
 import reference
 
-from fedfm import algorithms
-from fedfm import data
-from fedfm import errors
+from fedfm import algorithms, data, errors
 
 SIZES = (7, 4, 3, 2, 1)
 BATCH, EPOCHS, RATE, MU = 2, 2, 0.05, 0.3
 SOURCE = data.from_arrays(
-    {
-        f"client {c}": {
-            "x": np.random.default_rng(c).normal(size=(n, 3)),
-            "y": np.random.default_rng(c + 50).normal(size=n) + c,
-        }
-        for c, n in enumerate(SIZES)
+  {
+    f"client {c}": {
+      "x": np.random.default_rng(c).normal(size=(n, 3)),
+      "y": np.random.default_rng(c + 50).normal(size=n) + c,
     }
+    for c, n in enumerate(SIZES)
+  }
 )
 # Two rounds of unequal clients, of whom not all take part.
 ROUNDS = [
-    ["client 0", "client 3", "client 2"],
-    ["client 4", "client 0", "client 1"],
+  ["client 0", "client 3", "client 2"],
+  ["client 4", "client 0", "client 1"],
 ]
 
 
@@ -42,15 +40,15 @@ def loss(params, base, batch, key):
 
 SGD = optax.sgd(RATE)
 NAMED = {
-    "fedavg": algorithms.fedavg,
-    "fedprox": functools.partial(algorithms.fedprox, mu=MU),
-    "fedavgm": algorithms.fedavgm,
-    "fedadagrad": algorithms.fedadagrad,
-    "fedadam": algorithms.fedadam,
-    "fedyogi": algorithms.fedyogi,
-    "fedopt": functools.partial(
-        algorithms.fedopt, server_optimizer=optax.adam(0.1)
-    ),
+  "fedavg": algorithms.fedavg,
+  "fedprox": functools.partial(algorithms.fedprox, mu=MU),
+  "fedavgm": algorithms.fedavgm,
+  "fedadagrad": algorithms.fedadagrad,
+  "fedadam": algorithms.fedadam,
+  "fedyogi": algorithms.fedyogi,
+  "fedopt": functools.partial(
+    algorithms.fedopt, server_optimizer=optax.adam(0.1)
+  ),
 }
 
 
@@ -166,9 +164,7 @@ def test_contract(name):
     cohort = reference.with_weights(pack([*ROUNDS[0], "client 1"]), {3: 0})
     absent, _ = round_fn(begin, None, cohort)
     for other in (plain, turned, absent):
-      np.testing.assert_allclose(
-          flat(other), flat(one), rtol=1e-11, atol=1e-14
-      )
+      np.testing.assert_allclose(flat(other), flat(one), rtol=1e-11, atol=1e-14)
 
     assert algorithm.effective_base(state, "base") == "base"
     assert algorithm.bytes_per_client(state) == (32, 32)
@@ -179,20 +175,20 @@ def spec(x):
 
 
 @pytest.mark.parametrize(
-    "server_optimizer",
-    [
-        None,
-        optax.yogi(0.1),
-        optax.chain(
-            optax.clip_by_global_norm(0.1),
-            optax.sgd(optax.linear_schedule(1.0, 0.0, 2), momentum=0.5),
-        ),
-    ],
+  "server_optimizer",
+  [
+    None,
+    optax.yogi(0.1),
+    optax.chain(
+      optax.clip_by_global_norm(0.1),
+      optax.sgd(optax.linear_schedule(1.0, 0.0, 2), momentum=0.5),
+    ),
+  ],
 )
 def test_any_optax_server_sees_the_negative_mean_delta(server_optimizer):
   with jax.enable_x64(True):
     algorithm = algorithms.fedopt(
-        loss, client_optimizer=SGD, server_optimizer=server_optimizer
+      loss, client_optimizer=SGD, server_optimizer=server_optimizer
     )
     round_fn = jax.jit(algorithm.round)
     optimizer = server_optimizer or optax.sgd(1.0)
@@ -203,7 +199,7 @@ def test_any_optax_server_sees_the_negative_mean_delta(server_optimizer):
       sizes = np.array([SOURCE.size(i) for i in ids])
       deltas = np.stack([numpy_delta(w, i, 0) for i in ids])
       updates, opt = optimizer.update(
-          jnp.asarray(-(sizes @ deltas) / sizes.sum()), opt, jnp.asarray(w)
+        jnp.asarray(-(sizes @ deltas) / sizes.sum()), opt, jnp.asarray(w)
       )
       w = np.asarray(w + updates)
       np.testing.assert_allclose(flat(state), w, rtol=1e-10)
@@ -213,7 +209,7 @@ def test_any_optax_server_sees_the_negative_mean_delta(server_optimizer):
 def test_weighting(weighting):
   with jax.enable_x64(True):
     algorithm = algorithms.fedavg(
-        loss, client_optimizer=SGD, weighting=weighting
+      loss, client_optimizer=SGD, weighting=weighting
     )
     ids = ROUNDS[0]
     state = algorithm.init(start())
@@ -243,7 +239,7 @@ def test_cohort_weights_multiply_the_clients_own():
 def test_client_optimizer_may_depend_on_the_round():
   with jax.enable_x64(True):
     scheduled = algorithms.fedavg(
-        loss, client_optimizer=lambda r: optax.sgd(RATE * (1.0 - r))
+      loss, client_optimizer=lambda r: optax.sgd(RATE * (1.0 - r))
     )
     state = scheduled.init(start())
     round_fn = jax.jit(scheduled.round)
@@ -256,11 +252,11 @@ def test_client_optimizer_may_depend_on_the_round():
 def test_server_step_trains_on_the_servers_own_batch():
   with jax.enable_x64(True):
     algorithm = algorithms.fedavg(
-        loss,
-        client_optimizer=SGD,
-        server_step=lambda trainable, base, batch, key: jax.tree.map(
-            lambda x: x + batch, trainable
-        ),
+      loss,
+      client_optimizer=SGD,
+      server_step=lambda trainable, base, batch, key: jax.tree.map(
+        lambda x: x + batch, trainable
+      ),
     )
     state = algorithm.init(start())
     new, _ = jax.jit(algorithm.round)(state, None, pack(ROUNDS[0]), 2.0)
@@ -269,37 +265,33 @@ def test_server_step_trains_on_the_servers_own_batch():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (
-            lambda: algorithms.fedavg(
-                loss, client_optimizer=SGD, weighting="token"
-            ),
-            ["weighting", "token", "tokens"],
-        ),
-        (
-            lambda: algorithms.fedavg(loss, client_optimizer=SGD, seed=-1),
-            ["seed", "-1"],
-        ),
-        (
-            lambda: algorithms.fedadam(loss, client_optimizer=SGD, seed=2**32),
-            ["seed", str(2**32)],
-        ),
-        (
-            lambda: algorithms.fedavg(loss, client_optimizer=SGD, seed=0.5),
-            ["seed", "0.5"],
-        ),
-        (
-            lambda: algorithms.fedprox(loss, client_optimizer=SGD, mu=-0.1),
-            ["mu", "-0.1"],
-        ),
-        (
-            lambda: algorithms.fedprox(
-                loss, client_optimizer=SGD, mu=float("nan")
-            ),
-            ["mu", "nan"],
-        ),
-    ],
+  ("make", "words"),
+  [
+    (
+      lambda: algorithms.fedavg(loss, client_optimizer=SGD, weighting="token"),
+      ["weighting", "token", "tokens"],
+    ),
+    (
+      lambda: algorithms.fedavg(loss, client_optimizer=SGD, seed=-1),
+      ["seed", "-1"],
+    ),
+    (
+      lambda: algorithms.fedadam(loss, client_optimizer=SGD, seed=2**32),
+      ["seed", str(2**32)],
+    ),
+    (
+      lambda: algorithms.fedavg(loss, client_optimizer=SGD, seed=0.5),
+      ["seed", "0.5"],
+    ),
+    (
+      lambda: algorithms.fedprox(loss, client_optimizer=SGD, mu=-0.1),
+      ["mu", "-0.1"],
+    ),
+    (
+      lambda: algorithms.fedprox(loss, client_optimizer=SGD, mu=float("nan")),
+      ["mu", "nan"],
+    ),
+  ],
 )
 def test_bad_arguments_are_named(make, words):
   with pytest.raises(errors.ConfigError) as raised:

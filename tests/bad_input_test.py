@@ -11,17 +11,15 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 import pytest
-
-from fedfm import errors
-from fedfm import experiment
-from fedfm import run_folder
-from fedfm import settings
 import tiny
+
+from fedfm import errors, experiment, run_folder, settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import command_line  # noqa: E402
 import train  # noqa: E402
+
+import command_line  # noqa: E402
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

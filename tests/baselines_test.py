@@ -6,12 +6,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-
-from fedfm import baselines
-from fedfm import data
-from fedfm import errors
-from fedfm import experiment
 import tiny
+
+from fedfm import baselines, data, errors, experiment
 
 STEPS = 5
 

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from fedfm import checkpoint
-from fedfm import errors
-from fedfm import sharding
+from fedfm import checkpoint, errors, sharding
 from fedfm.checkpoint import manifest
 
 
@@ -106,9 +104,9 @@ def test_nothing_intact_restores_nothing(tmp_path, folder, mesh):
 
 
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path, mesh):
-  put = lambda x: jax.device_put(
-    x, jax.sharding.NamedSharding(mesh, jax.P("fsdp"))
-  )
+  def put(x):
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("fsdp")))
+
   step = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
   x = put(np.arange(2**18, dtype=np.float32))
   with checkpoint.Checkpointer(tmp_path) as checkpointer:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from fedfm import errors
-from fedfm.data import files
-from fedfm.data import source
+from fedfm.data import files, source
 
 ODD_IDS = ["../../etc/passwd", "a\0b", "x" * 300, "né\n", " "]
 
@@ -141,6 +140,7 @@ def test_sources_are_read_lazily():
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_from_jsonl_groups_by_client_in_file_order(tmp_path, suffix):
   rows = [("b", "β\n1"), ("a", ""), ("b", "2\r\n"), (ODD_IDS[0], "3")]
+  rows.append(("a", "4"))  # Only a client without any text is refused.
   path = tmp_path / f"data{suffix}"
   lines = [json.dumps({"user": u, "text": t, "n": 1}) for u, t in rows]
   lines.insert(2, "   ")  # A blank line, and no newline at the end.
@@ -148,9 +148,9 @@ def test_from_jsonl_groups_by_client_in_file_order(tmp_path, suffix):
   path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
   clients = files.from_jsonl(path, "user", "text")
   assert clients.ids == ("b", "a", ODD_IDS[0])
-  assert [clients.size(c) for c in clients.ids] == [2, 1, 1]
+  assert [clients.size(c) for c in clients.ids] == [2, 2, 1]
   assert clients.read("b")["text"].tolist() == ["β\n1", "2\r\n"]
-  assert clients.read("a")["text"].tolist() == [""]
+  assert clients.read("a")["text"].tolist() == ["", "4"]
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,15 @@ import optax
 import pytest
 import reference
 
-from fedfm import adapters
-from fedfm import aggregators
-from fedfm import algorithms
-from fedfm import clients
-from fedfm import data
-from fedfm import models
+from fedfm import (
+  adapters,
+  aggregators,
+  algorithms,
+  clients,
+  data,
+  models,
+  trees,
+)
 from fedfm.clients import engine
 from fedfm.types import ClientUpdate
 
@@ -25,9 +28,9 @@ SOURCE = reference.mlp_source()
 OPTIMIZERS = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.02)}
 TOLERANCE = {"sgd": 1e-5, "adam": 1e-4}
 STACKING = {
-    "median": aggregators.median(),
-    "krum": aggregators.krum(1),
-    "trimmed_mean": aggregators.trimmed_mean(1),
+  "median": aggregators.median(),
+  "krum": aggregators.krum(1),
+  "trimmed_mean": aggregators.trimmed_mean(1),
 }
 RULES = STACKING | {"mean": aggregators.weighted_mean()}
 
@@ -35,10 +38,10 @@ RULES = STACKING | {"mean": aggregators.weighted_mean()}
 def pack(ids=IDS, source=SOURCE, lanes=3, **options):
   """Packs two epochs; buffers are always of the same size."""
   options = {
-      "batch_size": reference.BATCH,
-      "epochs": 2,
-      "step_buckets": [32],
-      "slot_buckets": [len(IDS)],
+    "batch_size": reference.BATCH,
+    "epochs": 2,
+    "step_buckets": [32],
+    "slot_buckets": [len(IDS)],
   } | options
   return data.pack(source, ids, lanes=lanes, **options)
 
@@ -47,9 +50,9 @@ def pack(ids=IDS, source=SOURCE, lanes=3, **options):
 def compiled(optimizer, rule):
   """FedAvgM on the MLP; the first round is FedAvg's."""
   algorithm = algorithms.fedavgm(
-      reference.mlp_loss,
-      client_optimizer=OPTIMIZERS[optimizer],
-      aggregator=RULES[rule],
+    reference.mlp_loss,
+    client_optimizer=OPTIMIZERS[optimizer],
+    aggregator=RULES[rule],
   )
   return algorithm.init, jax.jit(algorithm.round)
 
@@ -65,16 +68,16 @@ def mlp_round(cohort, optimizer="sgd", rule="mean", dtype=jnp.float32):
 def loop_deltas(optimizer, dtype=jnp.float32, source=SOURCE):
   """All clients' deltas, one client after the other, stacked."""
   deltas = [
-      reference.client_delta(
-          reference.mlp_loss,
-          OPTIMIZERS[optimizer],
-          reference.mlp_params(dtype=dtype),
-          reference.mlp_base(dtype),
-          source,
-          client_id,
-          epochs=2,
-      )
-      for client_id in IDS
+    reference.client_delta(
+      reference.mlp_loss,
+      OPTIMIZERS[optimizer],
+      reference.mlp_params(dtype=dtype),
+      reference.mlp_base(dtype),
+      source,
+      client_id,
+      epochs=2,
+    )
+    for client_id in IDS
   ]
   return jax.tree.map(lambda *x: np.stack(x), *deltas)
 
@@ -83,8 +86,8 @@ def loop_mean(optimizer, dtype=jnp.float32, source=SOURCE):
   """The mean of the deltas, weighted by examples, in float64."""
   sizes = np.array([source.size(i) for i in IDS], np.float64)
   return jax.tree.map(
-      lambda x: np.tensordot(sizes / sizes.sum(), x.astype(np.float64), 1),
-      loop_deltas(optimizer, dtype, source),
+    lambda x: np.tensordot(sizes / sizes.sum(), x.astype(np.float64), 1),
+    loop_deltas(optimizer, dtype, source),
   )
 
 
@@ -128,7 +131,7 @@ def stacked_messages(cohort, dtype=jnp.float32):
     ).collected  # fmt: skip
 
   return run(
-      reference.mlp_params(dtype=dtype), reference.mlp_base(dtype), cohort
+    reference.mlp_params(dtype=dtype), reference.mlp_base(dtype), cohort
   )
 
 
@@ -141,7 +144,7 @@ def test_stacked_messages_equal_python_loop(bits):
     sizes = np.array([source.size(i) for i in IDS], dtype)
     for lanes in (1, len(IDS)) if bits == 32 else (3,):
       messages, weights = stacked_messages(
-          pack(source=source, lanes=lanes), dtype
+        pack(source=source, lanes=lanes), dtype
       )
       np.testing.assert_array_equal(weights, sizes)
       limit = 1e-5 if bits == 32 else 1e-10
@@ -161,9 +164,7 @@ def test_round_with_stacking_aggregator_adds_its_aggregate(rule):
 
 def decoder(**options):
   sizes = {"vocab_size": 19, "width": 12, "num_layers": 2, "num_heads": 2}
-  return models.decoder(
-      models.DecoderConfig(**sizes, mlp_width=20, **options)
-  )
+  return models.decoder(models.DecoderConfig(**sizes, mlp_width=20, **options))
 
 
 def text_source(sizes=(7, 3, 2, 1), length=6):
@@ -171,8 +172,8 @@ def text_source(sizes=(7, 3, 2, 1), length=6):
   for index, size in enumerate(sizes):
     rng = np.random.default_rng(index)
     arrays[f"client {index}"] = {
-        "tokens": rng.integers(0, 19, (size, length)).astype(np.int32),
-        "loss_mask": (rng.random((size, length)) < 0.8).astype(np.float32),
+      "tokens": rng.integers(0, 19, (size, length)).astype(np.int32),
+      "loss_mask": (rng.random((size, length)) < 0.8).astype(np.float32),
     }
   return data.from_arrays(arrays)
 
@@ -186,11 +187,14 @@ def test_lora_round_equals_python_loop_scanned_and_unrolled():
     adapter = adapters.lora(model, rank=2, targets=["q_proj", "up_proj"])
     loss = models.losses.language_model(adapters.loss_apply(adapter))
     algorithm = algorithms.fedavg(
-        loss, client_optimizer=OPTIMIZERS["sgd"], weighting="tokens"
+      loss, client_optimizer=OPTIMIZERS["sgd"], weighting="tokens"
     )
     old = algorithm.init(adapter.init(jax.random.key(1), params))
     cohort = pack(source.ids, source, 2, batch_size=2)
-    new, metrics = jax.jit(algorithm.round)(old, params, cohort)
+    round_fn = jax.jit(
+      algorithm.round, compiler_options={"xla_backend_optimization_level": "0"}
+    )
+    new, metrics = round_fn(old, params, cohort)
     updates.append(update_of(old, new))
   assert error_of(*updates) < 1e-5
   deltas = [
@@ -201,11 +205,11 @@ def test_lora_round_equals_python_loop_scanned_and_unrolled():
       for i in source.ids
   ]  # fmt: skip
   tokens = np.array(
-      [source.read(i)["loss_mask"][:, 1:].sum() for i in source.ids]
+    [source.read(i)["loss_mask"][:, 1:].sum() for i in source.ids]
   )
   assert metrics["train/count"] == 2 * tokens.sum()
   expected = jax.tree.map(
-      lambda *x: np.tensordot(tokens / tokens.sum(), np.stack(x), 1), *deltas
+    lambda *x: np.tensordot(tokens / tokens.sum(), np.stack(x), 1), *deltas
   )
   assert error_of(updates[0], expected) < 1e-5
 
@@ -217,14 +221,14 @@ def test_one_client_one_step_is_a_plain_optax_step():
   params, base = old.trainable, reference.mlp_base()
   batch = SOURCE.read(client_id) | {"mask": jnp.ones(reference.BATCH)}
   (loss, _), grads = jax.value_and_grad(reference.mlp_loss, has_aux=True)(
-      params, base, batch, None
+    params, base, batch, None
   )
   updates, _ = optimizer.update(grads, optimizer.init(params))
   expected = optax.apply_updates(params, updates)
   chex.assert_trees_all_close(new.trainable, expected, rtol=3e-6, atol=1e-7)
   np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-5)
   np.testing.assert_allclose(
-      metrics["update/norm"], optax.global_norm(updates), rtol=1e-5
+    metrics["update/norm"], trees.norm(updates), rtol=1e-5
   )
 
 
@@ -240,13 +244,11 @@ def poison(cohort, value, absent=()):
     batches[name][padded] = value
   here = cohort.weight > 0
   fields = {
-      name: np.where(here, getattr(cohort, name), 77)
-      for name in ("row", "num_examples", "num_steps")
+    name: np.where(here, getattr(cohort, name), 77)
+    for name in ("row", "num_examples", "num_steps")
   }
   id_hash = np.where(here[..., None], cohort.id_hash, np.uint32(99))
-  return dataclasses.replace(
-      cohort, batches=batches, id_hash=id_hash, **fields
-  )
+  return dataclasses.replace(cohort, batches=batches, id_hash=id_hash, **fields)
 
 
 @pytest.mark.parametrize("rule", ["mean", "krum"])
@@ -260,7 +262,7 @@ def test_padding_and_absent_clients_change_no_bit(rule):
     _, state, metrics = mlp_round(dirty, "sgd", rule)
     assert reference.state_bytes(state) == reference.state_bytes(clean)
     assert reference.state_bytes(metrics) == reference.state_bytes(
-        clean_metrics
+      clean_metrics
     )
   assert clean_metrics["clients/nonfinite"] == 0
   assert clean_metrics["clients/participating"] == len(IDS) - len(absent)
@@ -311,7 +313,7 @@ def test_round_without_a_good_client_changes_only_the_count(rule):
 
 def test_compiles_once_for_a_bucket():
   algorithm = algorithms.fedavg(
-      reference.mlp_loss, client_optimizer=optax.sgd(0.1)
+    reference.mlp_loss, client_optimizer=optax.sgd(0.1)
   )
   chex.clear_trace_counter()
   round_fn = jax.jit(chex.assert_max_traces(algorithm.round, n=1))
@@ -332,8 +334,8 @@ def test_results_and_keys_of_clients_do_not_depend_on_lanes():
 
   def step(carry, base, batch, key):
     return carry | {
-        "seen": carry["seen"] + jnp.sum(batch["mask"]),
-        "of_steps": 0.5 * carry["of_steps"] + jax.random.uniform(key),
+      "seen": carry["seen"] + jnp.sum(batch["mask"]),
+      "of_steps": 0.5 * carry["of_steps"] + jax.random.uniform(key),
     }
 
   def finish(broadcast, carry, info):
@@ -356,18 +358,16 @@ def test_results_and_keys_of_clients_do_not_depend_on_lanes():
     np.testing.assert_array_equal(result.metrics["examples"], sizes)
     np.testing.assert_array_equal(result.present, here)
     np.testing.assert_array_equal(result.weights, here)
-    np.testing.assert_array_equal(
-        result.collected[0]["w"], 2 * sizes * here
-    )
+    np.testing.assert_array_equal(result.collected[0]["w"], 2 * sizes * here)
     np.testing.assert_array_equal(result.client_states, cohort.weight > 0)
     for position, client_id in enumerate(IDS):
       key, expected = reference.client_key(client_id, 9, 5), 0.0
       np.testing.assert_array_equal(
-          result.metrics["of_client"][position], jax.random.uniform(key)
+        result.metrics["of_client"][position], jax.random.uniform(key)
       )
       for index in range(2 * -(-sizes[position] // reference.BATCH)):
         draw = jax.random.uniform(jax.random.fold_in(key, index))
         expected = 0.5 * expected + draw
       np.testing.assert_allclose(
-          result.metrics["of_steps"][position], expected, rtol=1e-5
+        result.metrics["of_steps"][position], expected, rtol=1e-5
       )

@@ -11,15 +11,17 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-
-from fedfm import assembly
-from fedfm import choices
-from fedfm import errors
-from fedfm import experiment
-from fedfm import metrics
-from fedfm import run_folder
-from fedfm import settings
 import tiny
+
+from fedfm import (
+  assembly,
+  choices,
+  errors,
+  experiment,
+  metrics,
+  run_folder,
+  settings,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 METRICS = ("loss", "accuracy", "perplexity", "bits_per_byte")

@@ -8,13 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedfm import adapters
-from fedfm import algorithms
-from fedfm import clients
-from fedfm import data
-from fedfm import models
-from fedfm import sharding
-from fedfm import trees
+from fedfm import adapters, algorithms, clients, data, models, sharding, trees
 
 LANES, BATCH, LENGTH, NUM_CLIENTS = 4, 2, 11, 8
 TARGETS = ["q_proj", "up_proj"]
@@ -24,13 +18,13 @@ CONFIG = models.DecoderConfig(
     num_kv_heads=2, mlp_width=40,
 )  # fmt: skip
 _COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
 )
 
 
@@ -39,13 +33,13 @@ def text_source():
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CONFIG.vocab_size, (size, LENGTH))
     return {
-        "tokens": tokens.astype(np.int32),
-        "loss_mask": np.ones((size, LENGTH), np.float32),
+      "tokens": tokens.astype(np.int32),
+      "loss_mask": np.ones((size, LENGTH), np.float32),
     }
 
   sizes = (9, 4, 3, 3, 2, 2, 1, 1)
   return data.from_arrays(
-      {f"client {i}": client(size, i) for i, size in enumerate(sizes)}
+    {f"client {i}": client(size, i) for i, size in enumerate(sizes)}
   )
 
 
@@ -61,17 +55,17 @@ def compiled_text(mesh_shape=None):
   source = text_source()
   cohort = data.pack(source, source.ids, lanes=LANES, batch_size=BATCH)
   round_fn = jax.jit(
-      algorithm.round,
-      donate_argnums=0,
-      # Of LLVM, which comes after HLO and takes most of the time.
-      compiler_options={"xla_backend_optimization_level": "0"},
+    algorithm.round,
+    donate_argnums=0,
+    # Of LLVM, which comes after HLO and takes most of the time.
+    compiler_options={"xla_backend_optimization_level": "0"},
   )
   if mesh_shape is None:
     return round_fn.lower(state, params, cohort).compile().as_text(), state
   mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_shape)))
   with jax.set_mesh(mesh):
     placed = jax.device_put(
-        params, sharding.shardings(mesh, model.axes, model.shapes)
+      params, sharding.shardings(mesh, model.axes, model.shapes)
     )
     state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
     lowered = round_fn.lower(state, placed, clients.put(cohort, mesh))
@@ -108,11 +102,11 @@ def test_base_product_is_one_matmul_over_all_lanes():
   assert sorted(len(same) for same in by_shape.values()) == [2, 2, 3]
   for shape, same in by_shape.items():
     products = [
-        (operands, batched)
-        for operands, batched in found
-        if any(frozenset(o[-2:]) == shape for o in operands)
-        and not any(3 in o for o in operands)  # The adapter's rank.
-        and any(len(o) == 2 and tokens in o for o in operands)
+      (operands, batched)
+      for operands, batched in found
+      if any(frozenset(o[-2:]) == shape for o in operands)
+      and not any(3 in o for o in operands)  # The adapter's rank.
+      and any(len(o) == 2 and tokens in o for o in operands)
     ]
     # One product forward and one backward, all lanes' tokens in its rows.
     assert len(products) == 2 * len(same), (shape, products)
@@ -133,17 +127,17 @@ def replica_groups(line, num_devices):
                      line)  # fmt: skip
   if listed:
     return [
-        [int(n) for n in group.split(",")]
-        for group in re.findall(r"\{([\d,]+)\}", listed[1])
+      [int(n) for n in group.split(",")]
+      for group in re.findall(r"\{([\d,]+)\}", listed[1])
     ]
   assert not pairs, line
   iota = re.search(
-      r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
+    r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
   )
   if iota:
     groups, dims, order = (
-        [int(n) for n in part.split(",")] if part else None
-        for part in iota.groups()
+      [int(n) for n in part.split(",")] if part else None
+      for part in iota.groups()
     )
     ids = np.arange(num_devices).reshape(dims)
     ids = ids if order is None else ids.transpose(order)
@@ -167,17 +161,17 @@ def replica_groups(line, num_devices):
 
 
 @pytest.mark.parametrize(
-    ("line", "groups"),
-    [
-        ("replica_groups={{0,1},{2,3}}, x={1}", [[0, 1], [2, 3]]),
-        ("source_target_pairs={{0,2},{1,3}}", [[0, 2], [1, 3]]),
-        ("replica_groups=[2,2]<=[4], dims={0}", [[0, 1], [2, 3]]),
-        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2,'c'=1] {'a'}", [[0, 2], [1, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
-        ("replica_groups={}", [[0, 1, 2, 3]]),
-    ],
+  ("line", "groups"),
+  [
+    ("replica_groups={{0,1},{2,3}}, x={1}", [[0, 1], [2, 3]]),
+    ("source_target_pairs={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+    ("replica_groups=[2,2]<=[4], dims={0}", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=1] {'a'}", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    ("replica_groups={}", [[0, 1, 2, 3]]),
+  ],
 )
 def test_replica_groups_are_read_in_all_forms(line, groups):
   assert replica_groups(line, 4) == groups
@@ -201,15 +195,14 @@ def test_only_reductions_of_the_trainable_cross_clients(mesh_shape):
 
   def part_of_trainable(shape):
     return any(
-        len(leaf) == len(shape) and all(n % m == 0 for n, m in zip(leaf, shape))
-        for leaf in leaves
+      len(leaf) == len(shape) and all(n % m == 0 for n, m in zip(leaf, shape))
+      for leaf in leaves
     )
 
   crossing, local = [], []
   for operation, shapes, groups in collectives(text, 8):
     crosses = any(
-        len({device // per_client for device in group}) > 1
-        for group in groups
+      len({device // per_client for device in group}) > 1 for group in groups
     )
     (crossing if crosses else local).append((operation, shapes))
   for operation, shapes in crossing:

@@ -17,56 +17,56 @@ _FEDERATED = _LOCAL | {"aggregators", "privacy"}
 _STUDIES = _FEDERATED | {"algorithms"}
 _RECORDS = {"errors", "types", "trees", "sharding", "run_folder"}
 ALLOWED = {
-    "errors": set(),
-    "trees": set(),
-    "types": {"errors", "trees"},
-    "sharding": {"errors", "trees"},
-    "models": _CORE,
-    "adapters": _CORE | {"models"},
-    "clients": _CORE | {"models", "adapters"},
-    "aggregators": _LOCAL,
-    "privacy": _LOCAL,
-    "algorithms": _FEDERATED,
-    "attacks": _STUDIES,
-    "audit": _STUDIES,
-    "ownership": _STUDIES,
-    "contribution": _STUDIES,
-    "completion": {"errors", "data", "models"},
-    "evaluation": _FEDERATED | {"report"},
-    "data": {"errors", "types"},
-    "run_folder": {"errors"},
-    "checkpoint": _RECORDS,
-    "metrics": _RECORDS,
-    "report": _RECORDS | {"metrics"},
-    "prefetch": set(),
+  "errors": set(),
+  "trees": set(),
+  "types": {"errors", "trees"},
+  "sharding": {"errors", "trees"},
+  "models": _CORE,
+  "adapters": _CORE | {"models"},
+  "clients": _CORE | {"models", "adapters"},
+  "aggregators": _LOCAL,
+  "privacy": _LOCAL,
+  "algorithms": _FEDERATED,
+  "attacks": _STUDIES,
+  "audit": _STUDIES,
+  "ownership": _STUDIES,
+  "contribution": _STUDIES,
+  "completion": {"errors", "data", "models"},
+  "evaluation": _FEDERATED | {"report"},
+  "data": {"errors", "types"},
+  "run_folder": {"errors"},
+  "checkpoint": _RECORDS,
+  "metrics": _RECORDS,
+  "report": _RECORDS | {"metrics"},
+  "prefetch": set(),
 }
 # The experiment's own parts may import everything above, and each other.
 EXPERIMENT = {
-    "assembly",
-    "baselines",
-    "choices",
-    "experiment",
-    "planning",
-    "settings",
+  "assembly",
+  "baselines",
+  "choices",
+  "experiment",
+  "planning",
+  "settings",
 }
 SCALING = {"scaling"}
 # Who may import a third-party package; every other package is open to all.
 ONLY = {
-    "flax": {"models", "adapters"},
-    "orbax": {"checkpoint"},
-    "tensorflow_datasets": {"data"},
-    "array_record": {"data"},
-    "ml_collections": {"experiment"},
-    "absl": {"experiment"},
-    "chex": set(),
-    "tensorflow": set(),
-    "torch": set(),
+  "flax": {"models", "adapters"},
+  "orbax": {"checkpoint"},
+  "tensorflow_datasets": {"data"},
+  "array_record": {"data"},
+  "ml_collections": {"experiment"},
+  "absl": {"experiment"},
+  "chex": set(),
+  "tensorflow": set(),
+  "torch": set(),
 }
 
 
 def python_files(*folders):
   return sorted(
-      path for folder in folders for path in (ROOT / folder).rglob("*.py")
+    path for folder in folders for path in (ROOT / folder).rglob("*.py")
   )
 
 
@@ -156,7 +156,7 @@ def test_files_are_short_and_well_named(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["flax", "orbax", "tensorflow_datasets", "ml_collections"]
+  "name", ["flax", "orbax", "tensorflow_datasets", "ml_collections"]
 )
 def test_the_walk_finds_what_is_there(name):
   found = {n.split(".")[0] for p in python_files("fedfm") for n in imports(p)}

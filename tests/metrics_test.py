@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedfm import errors
-from fedfm import metrics
+from fedfm import errors, metrics
 
 
 def write_rounds(folder, rounds, **options):
@@ -36,7 +35,7 @@ def test_writes_valid_json_with_round_first(tmp_path):
       }
     )
   (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  row = json.loads(line, parse_constant=lambda c: pytest.fail(c))
+  row = json.loads(line, parse_constant=pytest.fail)
   assert list(row) == ["round", "a", "inf", "name", "nan", "none", "z"]
   assert row["z"] == float(np.float32(0.1)) and row["round"] == 1
   assert row["nan"] is None and row["inf"] is None

@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 import reference
 
-from fedfm import data
-from fedfm import errors
+from fedfm import data, errors
 from fedfm.data import packing
 
 
 def numbered(sizes):
   """Clients whose examples say whose and which they are."""
   return data.from_arrays(
-      {
-          f"client {c}": {
-              "id": 1000 * c + np.arange(size, dtype=np.int32),
-              "x": np.ones((size, 2), np.float32),
-          }
-          for c, size in enumerate(sizes)
+    {
+      f"client {c}": {
+        "id": 1000 * c + np.arange(size, dtype=np.int32),
+        "x": np.ones((size, 2), np.float32),
       }
+      for c, size in enumerate(sizes)
+    }
   )
 
 
@@ -35,14 +34,14 @@ def steps_of(cohort, position):
 
 sizes_strategy = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 options_strategy = st.fixed_dictionaries(
-    {
-        "batch_size": st.integers(1, 7),
-        "epochs": st.integers(1, 3),
-        "lanes": st.integers(1, 6),
-        "shuffle": st.booleans(),
-        "seed": st.integers(0, 2**32 - 1),
-        "round": st.integers(0, 1000),
-    }
+  {
+    "batch_size": st.integers(1, 7),
+    "epochs": st.integers(1, 3),
+    "lanes": st.integers(1, 6),
+    "shuffle": st.booleans(),
+    "seed": st.integers(0, 2**32 - 1),
+    "round": st.integers(0, 1000),
+  }
 )
 quick = hypothesis.settings(max_examples=30, deadline=None)
 
@@ -50,7 +49,7 @@ quick = hypothesis.settings(max_examples=30, deadline=None)
 @quick
 @hypothesis.given(sizes_strategy, options_strategy, st.randoms())
 def test_every_example_is_there_as_often_as_there_are_epochs(
-    sizes, options, random
+  sizes, options, random
 ):
   source = numbered(sizes)
   ids = random.sample(source.ids, random.randint(1, len(sizes)))
@@ -74,7 +73,7 @@ def test_every_example_is_there_as_often_as_there_are_epochs(
     assert cohort.row[lane, slot] == source.index(client_id)
     assert cohort.weight[lane, slot] == 1
     np.testing.assert_array_equal(
-        cohort.id_hash[lane, slot], packing.id_hash(client_id)
+      cohort.id_hash[lane, slot], packing.id_hash(client_id)
     )
   total = options["epochs"] * sum(source.size(i) for i in ids)
   assert cohort.batches["mask"].sum() == total
@@ -147,7 +146,7 @@ def test_shuffle_is_a_function_of_seed_round_client_and_epoch():
 
 @quick
 @hypothesis.given(
-    sizes_strategy, options_strategy, st.integers(1, 9), st.integers(1, 20)
+  sizes_strategy, options_strategy, st.integers(1, 9), st.integers(1, 20)
 )
 def test_caps_on_steps_and_examples(sizes, options, local_steps, max_examples):
   source = numbered(sizes)
@@ -171,10 +170,10 @@ def test_caps_on_steps_and_examples(sizes, options, local_steps, max_examples):
 
 @quick
 @hypothesis.given(
-    sizes_strategy, options_strategy, st.integers(1, 3), st.integers(1, 3)
+  sizes_strategy, options_strategy, st.integers(1, 3), st.integers(1, 3)
 )
 def test_processes_hold_their_own_lanes_of_one_layout(
-    sizes, options, processes, lanes
+  sizes, options, processes, lanes
 ):
   source = numbered(sizes)
   options |= {"lanes": processes * lanes}
@@ -183,13 +182,16 @@ def test_processes_hold_their_own_lanes_of_one_layout(
   parts = []
   for process in range(processes):
     watched = dataclasses.replace(
-        source, read_fn=lambda c: read.append(c) or source.read(c)
+      source, read_fn=lambda c: read.append(c) or source.read(c)
     )
     parts.append(
-        data.pack(
-            watched, source.ids, process_index=process,
-            process_count=processes, **options,
-        )  # fmt: skip
+      data.pack(
+        watched,
+        source.ids,
+        process_index=process,
+        process_count=processes,
+        **options,
+      )  # fmt: skip
     )
   # Beside the spec of the first client, each process reads its own only.
   assert len(read) == len(sizes) + processes
@@ -204,7 +206,7 @@ def test_processes_hold_their_own_lanes_of_one_layout(
         np.testing.assert_array_equal(value, getattr(whole, field.name))
     else:
       np.testing.assert_array_equal(
-          np.concatenate(values), getattr(whole, field.name)
+        np.concatenate(values), getattr(whole, field.name)
       )
 
 
@@ -215,7 +217,7 @@ def test_lanes_are_balanced_on_heavy_tails():
     layout = packing.assign(steps, 8)
     assert sorted(sum(layout, [])) == list(range(64))
     cost = max(sum(steps[c] for c in lane) for lane in layout)
-    assert cost <= 1.1 * max(sum(steps) / 8, max(steps))
+    assert cost <= 1.1 * max(sum(steps) / 8, *steps)
   cohort = data.pack(numbered([4] * 8), [f"client {i}" for i in range(8)],
                      batch_size=2, lanes=4)  # fmt: skip
   assert packing.efficiency(cohort) == 1
@@ -231,7 +233,7 @@ def test_buffers_take_the_bucket_that_holds_them():
   assert cohort.boundaries.shape == (12,)
   assert cohort.row.shape == (2, 3)
   grown = data.pack(
-      source, source.ids, batch_size=1, lanes=1, step_buckets=[5, 11]
+    source, source.ids, batch_size=1, lanes=1, step_buckets=[5, 11]
   )
   assert grown.slot.shape == (1, 16)  # A power of two beyond the buckets.
 
@@ -258,7 +260,7 @@ def misread(fields):
   """A source whose second client reads as something else."""
   good = numbered([3, 3])
   return dataclasses.replace(
-      good, read_fn=lambda c: fields if c == "client 1" else good.read(c)
+    good, read_fn=lambda c: fields if c == "client 1" else good.read(c)
   )
 
 

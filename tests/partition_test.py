@@ -1,7 +1,6 @@
 """Partitions: nothing lost or doubled, and the skew that was asked for."""
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest

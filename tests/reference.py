@@ -28,8 +28,8 @@ def mlp_source(sizes=SIZES, features=5, dtype=np.float32):
   for index, size in enumerate(sizes):
     rng = np.random.default_rng([7, index])
     clients[f"client {index}"] = {
-        "x": (rng.normal(size=(size, features)) + index % 3).astype(dtype),
-        "y": rng.normal(size=size).astype(dtype),
+      "x": (rng.normal(size=(size, features)) + index % 3).astype(dtype),
+      "y": rng.normal(size=size).astype(dtype),
     }
   return data.from_arrays(clients)
 
@@ -37,7 +37,10 @@ def mlp_source(sizes=SIZES, features=5, dtype=np.float32):
 def mlp_params(features=5, hidden=6, dtype=jnp.float32):
   """A user's own pytree, with a list and a tuple in it."""
   rng = np.random.default_rng(3)
-  draw = lambda *shape: jnp.asarray(0.5 * rng.normal(size=shape), dtype)
+
+  def draw(*shape):
+    return jnp.asarray(0.5 * rng.normal(size=shape), dtype)
+
   return {"in": [draw(features, hidden), draw(hidden)], "out": (draw(hidden),)}
 
 
@@ -63,10 +66,10 @@ def client_batches(examples, batch_size=BATCH, epochs=1):
       rows = {k: x[begin : begin + batch_size] for k, x in examples.items()}
       count = len(next(iter(rows.values())))
       batch = {
-          k: np.concatenate(
-              [x, np.zeros((batch_size - count, *x.shape[1:]), x.dtype)]
-          )
-          for k, x in rows.items()
+        k: np.concatenate(
+          [x, np.zeros((batch_size - count, *x.shape[1:]), x.dtype)]
+        )
+        for k, x in rows.items()
       }
       mask = np.arange(batch_size) < count
       yield batch | {"mask": mask.astype(np.float32)}
@@ -108,7 +111,7 @@ def client_delta(
 def flat(tree):
   """All leaves as one float64 vector."""
   return np.concatenate(
-      [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
   )
 
 

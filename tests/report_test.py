@@ -19,7 +19,7 @@ def test_table_is_aligned_markdown():
     ]
   )
   assert report.table(rows).splitlines()[0].split() == (
-    "| name | loss | rounds | extra |".split()
+    ["|", "name", "|", "loss", "|", "rounds", "|", "extra", "|"]
   )
 
 

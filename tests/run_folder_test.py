@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from fedfm import errors
-from fedfm import run_folder
+from fedfm import errors, run_folder
 
 CONFIG = {"seed": 1, "rounds": 10, "mesh": {"clients": 4, "fsdp": 1}}
 

@@ -9,13 +9,7 @@ import optax
 import pytest
 import reference
 
-from fedfm import adapters
-from fedfm import algorithms
-from fedfm import clients
-from fedfm import data
-from fedfm import errors
-from fedfm import models
-from fedfm import sharding
+from fedfm import adapters, algorithms, clients, data, errors, models, sharding
 
 SHAPES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
 OPTIMIZERS = {"sgd": optax.sgd(0.1), "adam": optax.adam(0.01)}
@@ -32,13 +26,13 @@ def make_cohort():
   def client(size, seed):
     rng = np.random.default_rng(seed)
     return {
-        "tokens": rng.integers(0, 24, (size, 6)).astype(np.int32),
-        "loss_mask": (rng.random((size, 6)) < 0.8).astype(np.float32),
+      "tokens": rng.integers(0, 24, (size, 6)).astype(np.int32),
+      "loss_mask": (rng.random((size, 6)) < 0.8).astype(np.float32),
     }
 
   sizes = (13, 6, 4, 3, 2, 2, 1, 1, 1)
   source = data.from_arrays(
-      {f"client {i}": client(size, i) for i, size in enumerate(sizes)}
+    {f"client {i}": client(size, i) for i, size in enumerate(sizes)}
   )
   return data.pack(source, source.ids, lanes=8, batch_size=4)
 
@@ -61,7 +55,7 @@ def problem(kind, optimizer, dtype="float32"):
     adapter = adapters.full(model)
   loss = models.losses.language_model(adapters.loss_apply(adapter))
   algorithm = algorithms.fedavg(
-      loss, client_optimizer=OPTIMIZERS[optimizer], weighting="tokens"
+    loss, client_optimizer=OPTIMIZERS[optimizer], weighting="tokens"
   )
   trainable = adapter.init(jax.random.key(1), params)
   if kind == "lora":  # As after some rounds: B is not 0.
@@ -121,13 +115,13 @@ def test_lora_round_on_a_mesh_in_float64():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        (None, (8, 1, 1)),
-        ({"clients": -1, "fsdp": 2}, (4, 2, 1)),
-        ({"clients": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
-        ({"tensor": -1}, (1, 1, 8)),
-    ],
+  ("sizes", "expected"),
+  [
+    (None, (8, 1, 1)),
+    ({"clients": -1, "fsdp": 2}, (4, 2, 1)),
+    ({"clients": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+    ({"tensor": -1}, (1, 1, 8)),
+  ],
 )
 def test_mesh_sizes(sizes, expected):
   mesh = sharding.make_mesh(sizes)
@@ -137,16 +131,16 @@ def test_mesh_sizes(sizes, expected):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ({"client": 8}, ["client", "did you mean 'clients'"]),
-        ({"clients": 0}, ["mesh.clients", "0"]),
-        ({"clients": -2}, ["mesh.clients", "-2"]),
-        ({"clients": 2.0}, ["mesh.clients", "2.0"]),
-        ({"clients": -1, "fsdp": -1}, ["-1"]),
-        ({"clients": -1, "fsdp": 3}, ["8", "3"]),
-        ({"clients": 2, "fsdp": 2}, ["4", "8"]),
-    ],
+  ("sizes", "words"),
+  [
+    ({"client": 8}, ["client", "did you mean 'clients'"]),
+    ({"clients": 0}, ["mesh.clients", "0"]),
+    ({"clients": -2}, ["mesh.clients", "-2"]),
+    ({"clients": 2.0}, ["mesh.clients", "2.0"]),
+    ({"clients": -1, "fsdp": -1}, ["-1"]),
+    ({"clients": -1, "fsdp": 3}, ["8", "3"]),
+    ({"clients": 2, "fsdp": 2}, ["4", "8"]),
+  ],
 )
 def test_bad_mesh_sizes_are_named(sizes, words):
   with pytest.raises(errors.ConfigError) as raised:

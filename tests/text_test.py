@@ -1,15 +1,12 @@
 """Tokens and rows: nothing lost, nothing doubled, nothing out of range."""
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
 from fedfm import errors
-from fedfm.data import source
-from fedfm.data import text
-from fedfm.data import tokenizers
+from fedfm.data import source, text, tokenizers
 
 BYTES = tokenizers.byte_tokenizer()
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

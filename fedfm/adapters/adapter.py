@@ -39,5 +39,5 @@ def trainable_dtype(dtype: Any) -> Any:
 def loss_apply(adapter: Adapter) -> Callable[..., Any]:
   """Swaps to the order of a loss: `apply(trainable, base, *args)`."""
   return lambda trainable, base, *args, **kw: adapter.apply(
-      base, trainable, *args, **kw
+    base, trainable, *args, **kw
   )

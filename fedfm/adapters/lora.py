@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 from fedfm.adapters.adapter import Adapter, trainable_dtype
 from fedfm.models import layers
 from fedfm.models.model import Model
@@ -42,11 +41,11 @@ class LoRAKernel:
 
 
 def lora(
-    model: Model,
-    *,
-    rank: int,
-    alpha: float | None = None,
-    targets: Sequence[str] = ATTENTION,
+  model: Model,
+  *,
+  rank: int,
+  alpha: float | None = None,
+  targets: Sequence[str] = ATTENTION,
 ) -> Adapter:
   """Puts a low-rank update beside the named kernels.
 
@@ -74,8 +73,8 @@ def lora(
     smaller = min(shapes[path].shape[-2:])
     if not 1 <= rank <= smaller:
       raise errors.ConfigError(
-          f"rank: got {rank}, expected 1 to {smaller} for {path} "
-          f"{shapes[path].shape}"
+        f"rank: got {rank}, expected 1 to {smaller} for {path} "
+        f"{shapes[path].shape}"
       )
   if not 0 < alpha < math.inf:
     raise errors.ConfigError(f"alpha: got {alpha}, expected a number above 0")
@@ -89,24 +88,24 @@ def lora(
       dtype = trainable_dtype(leaves[path].dtype)
       bound = 1 / math.sqrt(rows)
       trainable[path] = {
-          "a": jax.random.uniform(
-              jax.random.fold_in(key, index),
-              (*lead, rows, rank),
-              dtype,
-              -bound,
-              bound,
-          ),
-          "b": jnp.zeros((*lead, rank, cols), dtype),
+        "a": jax.random.uniform(
+          jax.random.fold_in(key, index),
+          (*lead, rows, rank),
+          dtype,
+          -bound,
+          bound,
+        ),
+        "b": jnp.zeros((*lead, rank, cols), dtype),
       }
     return trainable
 
   def bind(params, trainable):
     return _replace(
-        params,
-        {
-            path: lambda w, ab=ab: LoRAKernel(w, ab["a"], ab["b"], scale)
-            for path, ab in trainable.items()
-        },
+      params,
+      {
+        path: lambda w, ab=ab: LoRAKernel(w, ab["a"], ab["b"], scale)
+        for path, ab in trainable.items()
+      },
     )
 
   def merge(params, trainable):
@@ -116,19 +115,19 @@ def lora(
       return (w.astype(wide) + update).astype(w.dtype)
 
     return _replace(
-        params,
-        {p: lambda w, ab=ab: merged(w, ab) for p, ab in trainable.items()},
+      params,
+      {p: lambda w, ab=ab: merged(w, ab) for p, ab in trainable.items()},
     )
 
   return Adapter(
-      init=init,
-      apply=lambda params, trainable, *args, **kw: model.apply(
-          bind(params, trainable), *args, **kw
-      ),
-      merge=merge,
-      bind=bind,
-      kind="lora",
-      config={"rank": rank, "alpha": alpha, "targets": tuple(targets)},
+    init=init,
+    apply=lambda params, trainable, *args, **kw: model.apply(
+      bind(params, trainable), *args, **kw
+    ),
+    merge=merge,
+    bind=bind,
+    kind="lora",
+    config={"rank": rank, "alpha": alpha, "targets": tuple(targets)},
   )
 
 
@@ -147,19 +146,18 @@ def target_paths(shapes: PyTree, targets: Sequence[str]) -> list[str]:
   """
   if not targets or isinstance(targets, str):
     raise errors.ConfigError(
-        f"targets: got {targets!r}, expected a list of kernels' names"
+      f"targets: got {targets!r}, expected a list of kernels' names"
     )
   kernels = [
-      path
-      for path, leaf in zip(trees.paths(shapes), jax.tree.leaves(shapes))
-      if len(leaf.shape) >= 2 and not path.endswith(("_norm", "embed"))
+    path
+    for path, leaf in zip(trees.paths(shapes), jax.tree.leaves(shapes))
+    if len(leaf.shape) >= 2 and not path.endswith(("_norm", "embed"))
   ]
   for target in targets:
     if not any(_matches(target, path) for path in kernels):
       names = {path.rsplit("/", 1)[-1] for path in kernels}
       raise errors.ConfigError(
-          f"targets: no kernel is named {target!r}"
-          f"{errors.nearest(target, names)}"
+        f"targets: no kernel is named {target!r}{errors.nearest(target, names)}"
       )
   return [p for p in kernels if any(_matches(t, p) for t in targets)]
 
@@ -172,7 +170,7 @@ def _replace(params: PyTree, changes: dict[str, Any]) -> PyTree:
   """Replaces leaves by path: {path: leaf -> new leaf or subtree}."""
   leaves, treedef = jax.tree.flatten(params)
   new = [
-      changes[path](leaf) if path in changes else leaf
-      for path, leaf in zip(trees.paths(params), leaves)
+    changes[path](leaf) if path in changes else leaf
+    for path, leaf in zip(trees.paths(params), leaves)
   ]
   return treedef.unflatten(new)

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 from fedfm.adapters.adapter import Adapter, trainable_dtype
 from fedfm.models.model import Model
 
@@ -17,25 +16,25 @@ PyTree = Any
 def _own(tree: PyTree) -> PyTree:
   """Copies to the trainable's dtype, never aliasing the base."""
   return jax.tree.map(
-      lambda x: jnp.array(x, trainable_dtype(x.dtype), copy=True), tree
+    lambda x: jnp.array(x, trainable_dtype(x.dtype), copy=True), tree
   )
 
 
 def _adapter(
-    model: Model,
-    init: Callable[[jax.Array, PyTree], PyTree],
-    bind: Callable[[PyTree, PyTree], PyTree],
-    kind: str,
+  model: Model,
+  init: Callable[[jax.Array, PyTree], PyTree],
+  bind: Callable[[PyTree, PyTree], PyTree],
+  kind: str,
 ) -> Adapter:
   return Adapter(
-      init=init,
-      apply=lambda params, trainable, *args, **kw: model.apply(
-          bind(params, trainable), *args, **kw
-      ),
-      merge=bind,
-      bind=bind,
-      kind=kind,
-      config={},
+    init=init,
+    apply=lambda params, trainable, *args, **kw: model.apply(
+      bind(params, trainable), *args, **kw
+    ),
+    merge=bind,
+    bind=bind,
+    kind=kind,
+    config={},
   )
 
 
@@ -49,10 +48,10 @@ def full(model: Model) -> Adapter:
     An `Adapter` whose trainable is a float32 copy of the parameters.
   """
   return _adapter(
-      model,
-      init=lambda key, params: _own(params),
-      bind=lambda params, trainable: trainable,
-      kind="full",
+    model,
+    init=lambda key, params: _own(params),
+    bind=lambda params, trainable: trainable,
+    kind="full",
   )
 
 
@@ -71,8 +70,8 @@ def head(model: Model) -> Adapter:
   names = set(model.shapes) if isinstance(model.shapes, dict) else set()
   if "final_norm" not in names or not names & {"embed", "lm_head"}:
     raise errors.ConfigError(
-        "adapter: 'head' needs parameters 'final_norm' and 'lm_head' or "
-        f"'embed', got {sorted(names)}"
+      "adapter: 'head' needs parameters 'final_norm' and 'lm_head' or "
+      f"'embed', got {sorted(names)}"
     )
 
   def init(key, params):
@@ -98,13 +97,13 @@ def subset(model: Model, names: tuple[str, ...]) -> Adapter:
   """
   if not names or isinstance(names, str):
     raise errors.ConfigError(
-        f"names: got {names!r}, expected a tuple of parts of paths"
+      f"names: got {names!r}, expected a tuple of parts of paths"
     )
   paths = trees.paths(model.shapes)
   for name in names:
     if not any(name in path for path in paths):
       raise errors.ConfigError(
-          f"names: no parameter holds {name!r}{errors.nearest(name, paths)}"
+        f"names: no parameter holds {name!r}{errors.nearest(name, paths)}"
       )
   chosen = [p for p in paths if any(name in p for name in names)]
 
@@ -116,7 +115,7 @@ def subset(model: Model, names: tuple[str, ...]) -> Adapter:
   def bind(params, trainable):
     leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten(
-        [trainable.get(p, x) for p, x in zip(trees.paths(params), leaves)]
+      [trainable.get(p, x) for p, x in zip(trees.paths(params), leaves)]
     )
 
   return _adapter(model, init, bind, "subset")

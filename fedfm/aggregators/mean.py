@@ -34,7 +34,7 @@ def weighted_mean() -> Aggregator:
 def none() -> Aggregator:
   """Keeps nothing, for cohorts that are run for their metrics only."""
   return Aggregator(
-      init=lambda message: (),
-      add=lambda state, message, weight: trees.zeros_like(weight),
-      finish=lambda state, collected: ((), state),
+    init=lambda message: (),
+    add=lambda state, message, weight: trees.zeros_like(weight),
+    finish=lambda state, collected: ((), state),
   )

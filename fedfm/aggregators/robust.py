@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 from fedfm.types import Aggregator
 
 PyTree = Any
@@ -24,22 +23,21 @@ def _rows(flags: jax.Array, x: jax.Array) -> jax.Array:
 
 def _check_num_byzantine(num_byzantine: int) -> None:
   integer = isinstance(num_byzantine, int) and not isinstance(
-      num_byzantine, bool
+    num_byzantine, bool
   )
   if not integer or num_byzantine < 0:
     raise errors.ConfigError(
-        f"num_byzantine: got {num_byzantine!r}, expected an integer of at "
-        "least 0"
+      f"num_byzantine: got {num_byzantine!r}, expected an integer of at least 0"
     )
 
 
 def _stacking(rule, min_clients: int = 1) -> Aggregator:
   return Aggregator(
-      init=lambda message: (),
-      add=None,
-      finish=lambda state, collected: (rule(*collected), state),
-      stacking=True,
-      min_clients=min_clients,
+    init=lambda message: (),
+    add=None,
+    finish=lambda state, collected: (rule(*collected), state),
+    stacking=True,
+    min_clients=min_clients,
   )
 
 
@@ -66,7 +64,7 @@ def median() -> Aggregator:
     low, high = jnp.maximum(count - 1, 0) // 2, count // 2 + 1
     high = jnp.where(count > 0, high, 0)
     return jax.tree.map(
-        lambda x: _mean_of_sorted(x, present, low, high), messages
+      lambda x: _mean_of_sorted(x, present, low, high), messages
     )
 
   return _stacking(rule)
@@ -90,10 +88,10 @@ def trimmed_mean(num_byzantine: int) -> Aggregator:
     present = weights > 0
     count = jnp.sum(present)
     return jax.tree.map(
-        lambda x: _mean_of_sorted(
-            x, present, num_byzantine, count - num_byzantine
-        ),
-        messages,
+      lambda x: _mean_of_sorted(
+        x, present, num_byzantine, count - num_byzantine
+      ),
+      messages,
     )
 
   return _stacking(rule, 2 * num_byzantine + 1)
@@ -111,7 +109,7 @@ def squared_distances(messages: PyTree) -> jax.Array:
 
   def to_all(one):
     return jax.lax.map(
-        lambda other: trees.squared_norm(trees.sub(one, other)), messages
+      lambda other: trees.squared_norm(trees.sub(one, other)), messages
     )
 
   return jax.lax.map(to_all, messages)
@@ -149,7 +147,7 @@ def krum(num_byzantine: int) -> Aggregator:
 
 
 def geometric_median(
-    smoothing: float = 1e-6, iterations: int = 100
+  smoothing: float = 1e-6, iterations: int = 100
 ) -> Aggregator:
   """Finds the point of least weighted distance to all messages.
 
@@ -173,7 +171,7 @@ def geometric_median(
     # Normalised first: huge messages times large weights would overflow.
     shares = weights / jnp.where(total > 0, total, 1)
     return jax.tree.map(
-        lambda x: jnp.tensordot(shares.astype(x.dtype), x, axes=1), messages
+      lambda x: jnp.tensordot(shares.astype(x.dtype), x, axes=1), messages
     )
 
   def rule(messages, weights):
@@ -181,7 +179,7 @@ def geometric_median(
 
     def step(_, centre):
       distance = jax.lax.map(
-          lambda m: trees.norm(trees.sub(m, centre)), messages
+        lambda m: trees.norm(trees.sub(m, centre)), messages
       )
       return mean(messages, weights / jnp.maximum(distance, smoothing))
 

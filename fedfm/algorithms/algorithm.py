@@ -1,4 +1,4 @@
-"""From a client update, an aggregator and a server optimizer to an algorithm."""
+"""A client update, an aggregator and a server optimizer make an algorithm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import aggregators
-from fedfm import errors
-from fedfm import trees
+from fedfm import aggregators, errors, trees
 from fedfm.clients import engine
 from fedfm.types import (
-    Aggregator,
-    ClientUpdate,
-    FederatedAlgorithm,
-    ServerState,
+  Aggregator,
+  ClientUpdate,
+  FederatedAlgorithm,
+  ServerState,
 )
 
 PyTree = Any
 # `server_step(trainable, base, server_batch, key) -> trainable`
 ServerStep = Callable[[PyTree, PyTree, PyTree, jax.Array], PyTree]
-_SERVER_KEY = 0xFFFFFFFF  # Folded in after the round, for what the server draws.
+_SERVER_KEY = (
+  0xFFFFFFFF  # Folded in after the round, for what the server draws.
+)
 
 
 def check_seed(seed: int) -> int:
@@ -44,12 +44,12 @@ def check_seed(seed: int) -> int:
 
 
 def federated(
-    update: ClientUpdate,
-    *,
-    aggregator: Aggregator | None = None,
-    server_optimizer: optax.GradientTransformation | None = None,
-    seed: int = 0,
-    server_step: ServerStep | None = None,
+  update: ClientUpdate,
+  *,
+  aggregator: Aggregator | None = None,
+  server_optimizer: optax.GradientTransformation | None = None,
+  seed: int = 0,
+  server_step: ServerStep | None = None,
 ) -> FederatedAlgorithm:
   """Builds an algorithm whose clients send deltas of the trainable.
 
@@ -72,57 +72,57 @@ def federated(
   def init(trainable):
     trainable = trees.copy(trainable)
     return ServerState(
-        trainable=trainable,
-        server_optimizer=server_optimizer.init(trainable),
-        aggregator=aggregator.init(trainable),
-        clients=(),
-        round=jnp.zeros((), jnp.int32),
+      trainable=trainable,
+      server_optimizer=server_optimizer.init(trainable),
+      aggregator=aggregator.init(trainable),
+      clients=(),
+      round=jnp.zeros((), jnp.int32),
     )
 
   def round_fn(state, base, cohort, server_batch=None):
     key = jax.random.key(seed)
     result = engine.run_cohort(
-        update,
-        aggregator,
-        state.aggregator,
-        state.trainable,
-        base,
-        cohort,
-        state.clients,
-        key,
-        state.round,
+      update,
+      aggregator,
+      state.aggregator,
+      state.trainable,
+      base,
+      cohort,
+      state.clients,
+      key,
+      state.round,
     )
     with jax.named_scope("aggregate"):
       aggregate, aggregator_state = aggregator.finish(
-          state.aggregator, result.collected
+        state.aggregator, result.collected
       )
     with jax.named_scope("server_optimizer"):
       updates, optimizer_state = server_optimizer.update(
-          trees.scale(aggregate, -1),
-          state.server_optimizer,
-          state.trainable,
+        trees.scale(aggregate, -1),
+        state.server_optimizer,
+        state.trainable,
       )
       trainable = optax.apply_updates(state.trainable, updates)
     # Momentum would move the weights on a round that brought nothing.
     brought = jnp.sum(result.weights > 0) >= aggregator.min_clients
     trainable, optimizer_state, aggregator_state = trees.select(
-        brought,
-        (trainable, optimizer_state, aggregator_state),
-        (state.trainable, state.server_optimizer, state.aggregator),
+      brought,
+      (trainable, optimizer_state, aggregator_state),
+      (state.trainable, state.server_optimizer, state.aggregator),
     )
     if server_batch is not None and server_step is not None:
       server_key = jax.random.fold_in(
-          jax.random.fold_in(key, state.round), _SERVER_KEY
+        jax.random.fold_in(key, state.round), _SERVER_KEY
       )
       trainable = server_step(trainable, base, server_batch, server_key)
     metrics = round_metrics(result)
     metrics["update/norm"] = trees.norm(trees.sub(trainable, state.trainable))
     state = ServerState(
-        trainable=trainable,
-        server_optimizer=optimizer_state,
-        aggregator=aggregator_state,
-        clients=state.clients,
-        round=state.round + 1,
+      trainable=trainable,
+      server_optimizer=optimizer_state,
+      aggregator=aggregator_state,
+      clients=state.clients,
+      round=state.round + 1,
     )
     return state, metrics
 
@@ -130,10 +130,10 @@ def federated(
     return trees.num_bytes(state.trainable), trees.num_bytes(state.trainable)
 
   return FederatedAlgorithm(
-      init=init,
-      round=round_fn,
-      effective_base=lambda state, base: base,
-      bytes_per_client=bytes_per_client,
+    init=init,
+    round=round_fn,
+    effective_base=lambda state, base: base,
+    bytes_per_client=bytes_per_client,
   )
 
 
@@ -153,11 +153,11 @@ def round_metrics(result: engine.CohortResult) -> dict[str, jax.Array]:
   count = jnp.sum(metrics["count"])
   participating = jnp.sum(kept)
   return {
-      "train/loss": jnp.sum(metrics["loss_sum"]) / jnp.maximum(count, 1),
-      "train/count": count,
-      "clients/participating": participating,
-      "clients/nonfinite": jnp.sum(result.nonfinite),
-      "drift/delta_norm": jnp.sum(metrics["delta_norm"])
-      / jnp.maximum(participating, 1),
-      "drift/delta_norm_max": jnp.max(metrics["delta_norm"], initial=0),
+    "train/loss": jnp.sum(metrics["loss_sum"]) / jnp.maximum(count, 1),
+    "train/count": count,
+    "clients/participating": participating,
+    "clients/nonfinite": jnp.sum(result.nonfinite),
+    "drift/delta_norm": jnp.sum(metrics["delta_norm"])
+    / jnp.maximum(participating, 1),
+    "drift/delta_norm_max": jnp.max(metrics["delta_norm"], initial=0),
   }

@@ -1,6 +1,6 @@
 """FedAvg (McMahan et al. 2017, arXiv 1602.05629).
 
-  w <- w + sum_i p_i (w_i - w),   p_i = n_i / sum_j n_j over the cohort
+w <- w + sum_i p_i (w_i - w),   p_i = n_i / sum_j n_j over the cohort
 """
 
 import optax
@@ -11,15 +11,15 @@ from fedfm.types import FederatedAlgorithm, LossFn
 
 
 def fedavg(
-    loss: LossFn,
-    *,
-    client_optimizer: local.ClientOptimizer,
-    server_optimizer: optax.GradientTransformation | None = None,
-    weighting: str = "examples",
-    proximal: float = 0.0,
-    seed: int = 0,
-    num_clients: int | None = None,
-    **federated_options,
+  loss: LossFn,
+  *,
+  client_optimizer: local.ClientOptimizer,
+  server_optimizer: optax.GradientTransformation | None = None,
+  weighting: str = "examples",
+  proximal: float = 0.0,
+  seed: int = 0,
+  num_clients: int | None = None,
+  **federated_options,
 ) -> FederatedAlgorithm:
   """Averages the clients' deltas and adds the mean to the weights.
 
@@ -39,8 +39,8 @@ def fedavg(
   """
   del num_clients
   update = local.local_update(
-      loss, client_optimizer, weighting=weighting, proximal=proximal
+    loss, client_optimizer, weighting=weighting, proximal=proximal
   )
   return algorithm.federated(
-      update, server_optimizer=server_optimizer, seed=seed, **federated_options
+    update, server_optimizer=server_optimizer, seed=seed, **federated_options
   )

@@ -2,7 +2,8 @@
 
   D = sum_i p_i (w_i - w)                                pseudo-gradient -D
   FedAvgM     m <- beta m + D                            w <- w + lr m
-  FedAdagrad  m <- beta1 m + (1-beta1) D; v <- v + D^2   w <- w + lr m/(sqrt(v)+tau)
+  FedAdagrad  m <- beta1 m + (1-beta1) D           w <- w + lr m/(sqrt v + tau)
+              v <- v + D^2
   FedYogi     ...   v <- v - (1-beta2) D^2 sign(v - D^2)
   FedAdam     ...   v <- beta2 v + (1-beta2) D^2
 
@@ -33,10 +34,10 @@ class PaperAdaptiveState(NamedTuple):
 
 
 def paper_adaptive(
-    second_moment: Callable[[jax.Array, jax.Array], jax.Array],
-    learning_rate: optax.ScalarOrSchedule,
-    beta1: float,
-    tau: float,
+  second_moment: Callable[[jax.Array, jax.Array], jax.Array],
+  learning_rate: optax.ScalarOrSchedule,
+  beta1: float,
+  tau: float,
 ) -> optax.GradientTransformation:
   """The adaptive server step of algorithm 2 of FedOpt, as an optax transform.
 
@@ -57,18 +58,16 @@ def paper_adaptive(
 
   def update(updates, state, params=None):
     del params
-    m = jax.tree.map(
-        lambda m, g: beta1 * m + (1 - beta1) * g, state.m, updates
-    )
+    m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.m, updates)
     v = jax.tree.map(
-        lambda v, g: second_moment(v, jnp.square(g)), state.v, updates
+      lambda v, g: second_moment(v, jnp.square(g)), state.v, updates
     )
     step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), m, v)
     return step, PaperAdaptiveState(m, v)
 
   return optax.chain(
-      optax.GradientTransformation(init, update),
-      optax.scale_by_learning_rate(learning_rate),
+    optax.GradientTransformation(init, update),
+    optax.scale_by_learning_rate(learning_rate),
   )
 
 
@@ -80,26 +79,26 @@ def server_adagrad(learning_rate=0.1, beta1=0.0, tau=1e-3):
 def server_adam(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=1e-3):
   """Adam in the form of the paper; `beta2` is the decay of v."""
   return paper_adaptive(
-      lambda v, sq: beta2 * v + (1 - beta2) * sq, learning_rate, beta1, tau
+    lambda v, sq: beta2 * v + (1 - beta2) * sq, learning_rate, beta1, tau
   )
 
 
 def server_yogi(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=1e-3):
   """Yogi in the form of the paper; `beta2` is the decay of v."""
   return paper_adaptive(
-      lambda v, sq: v - (1 - beta2) * sq * jnp.sign(v - sq),
-      learning_rate,
-      beta1,
-      tau,
+    lambda v, sq: v - (1 - beta2) * sq * jnp.sign(v - sq),
+    learning_rate,
+    beta1,
+    tau,
   )
 
 
 def fedopt(
-    loss: LossFn,
-    *,
-    client_optimizer: local.ClientOptimizer,
-    server_optimizer: optax.GradientTransformation | None = None,
-    **options,
+  loss: LossFn,
+  *,
+  client_optimizer: local.ClientOptimizer,
+  server_optimizer: optax.GradientTransformation | None = None,
+  **options,
 ) -> FederatedAlgorithm:
   """Applies any optax optimizer to the pseudo-gradient.
 
@@ -114,10 +113,10 @@ def fedopt(
     A `FederatedAlgorithm`.
   """
   return fedavg(
-      loss,
-      client_optimizer=client_optimizer,
-      server_optimizer=server_optimizer,
-      **options,
+    loss,
+    client_optimizer=client_optimizer,
+    server_optimizer=server_optimizer,
+    **options,
   )
 
 
@@ -144,7 +143,7 @@ def fedyogi(loss: LossFn, **options) -> FederatedAlgorithm:
 def _with_default(loss, default, options):
   server_optimizer = options.pop("server_optimizer", None)
   return fedopt(
-      loss,
-      server_optimizer=default if server_optimizer is None else server_optimizer,
-      **options,
+    loss,
+    server_optimizer=default if server_optimizer is None else server_optimizer,
+    **options,
   )

@@ -1,6 +1,6 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): FedAvg with a proximal term.
 
-  client i minimises   F_i(w) + mu/2 |w - w_t|^2
+client i minimises   F_i(w) + mu/2 |w - w_t|^2
 """
 
 from fedfm import errors
@@ -10,11 +10,11 @@ from fedfm.types import FederatedAlgorithm, LossFn
 
 
 def fedprox(
-    loss: LossFn,
-    *,
-    client_optimizer: local.ClientOptimizer,
-    mu: float = 0.01,
-    **options,
+  loss: LossFn,
+  *,
+  client_optimizer: local.ClientOptimizer,
+  mu: float = 0.01,
+  **options,
 ) -> FederatedAlgorithm:
   """Pulls each client to the weights that it was sent.
 
@@ -32,8 +32,6 @@ def fedprox(
   """
   if not 0 <= mu < float("inf"):
     raise errors.ConfigError(
-        f"mu: got {mu}, expected a finite number of at least 0"
+      f"mu: got {mu}, expected a finite number of at least 0"
     )
-  return fedavg(
-      loss, client_optimizer=client_optimizer, proximal=mu, **options
-  )
+  return fedavg(loss, client_optimizer=client_optimizer, proximal=mu, **options)

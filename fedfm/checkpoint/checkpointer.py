@@ -100,6 +100,7 @@ class Checkpointer:
 
   def all_rounds(self) -> list[int]:
     """Returns the rounds of all complete checkpoints, ascending."""
+    # pyrefly: ignore[bad-argument-type]
     return [r for r in self._entries() if ocp.is_orbax_checkpoint(self._at(r))]
 
   def latest(self) -> int | None:
@@ -149,6 +150,7 @@ class Checkpointer:
     arrays = {path: x for path, x in leaves.items() if _has_content(x)}
     try:
       response = ocp.save_async(
+        # pyrefly: ignore[bad-argument-type]
         self._at(round), arrays, custom_metadata={"fedfm": manifest}
       )
     except Exception as e:
@@ -173,6 +175,7 @@ class Checkpointer:
       self._pending = None
       raise self._save_error(round, e) from e
     self._pending = None
+    # pyrefly: ignore[bad-argument-type]
     if not ocp.is_orbax_checkpoint(self._at(round)):
       raise self._save_error(round, FileNotFoundError("it is not there"))
     self._prune()
@@ -240,10 +243,12 @@ class Checkpointer:
     manifest = self.manifest(round)
     wanted = manifests.named_leaves(target)
     specs = {path: _abstract(x) for path, x in wanted.items()}
-    loaded, error = {}, None
+    loaded: dict[str, Any] = {}
+    error: Exception | None = None
     try:
       manifests.check_target(manifest, wanted)
       loaded = ocp.load(
+        # pyrefly: ignore[bad-argument-type]
         self._at(round), {p: x for p, x in specs.items() if _has_content(x)}
       )
     except Exception as e:
@@ -341,7 +346,7 @@ def abstract(tree: PyTree) -> PyTree:
   return jax.tree.map(_abstract, tree)
 
 
-def _abstract(x):
+def _abstract(x) -> Any:
   if isinstance(x, np.ndarray):
     return x
   sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -371,6 +376,7 @@ def _placed_as(x, target):
     return x if x.sharding == wanted else jax.device_put(x, wanted)
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     impl = jax.random.key_impl(x)
+    # pyrefly: ignore[bad-argument-type]
     return jax.random.wrap_key_data(manifests.host(x), impl=impl)
   return jax.device_put(manifests.host(x))
 

@@ -15,8 +15,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 
 FORMAT = 1
 PyTree = Any

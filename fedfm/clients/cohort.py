@@ -29,14 +29,14 @@ def put(cohort: Cohort, mesh: Mesh) -> Cohort:
   num_lanes = cohort.num_lanes * jax.process_count()
   if num_lanes % mesh.shape["clients"]:
     raise errors.ConfigError(
-        f"lanes: mesh.clients = {mesh.shape['clients']} does not divide "
-        f"{num_lanes} lanes"
+      f"lanes: mesh.clients = {mesh.shape['clients']} does not divide "
+      f"{num_lanes} lanes"
     )
   batch_size = cohort.batches["mask"].shape[2]
   if batch_size % mesh.shape["fsdp"]:
     raise errors.ConfigError(
-        f"batch_size: mesh.fsdp = {mesh.shape['fsdp']} does not divide a batch "
-        f"of {batch_size}"
+      f"batch_size: mesh.fsdp = {mesh.shape['fsdp']} does not divide a batch "
+      f"of {batch_size}"
     )
 
   def place(spec):
@@ -44,7 +44,7 @@ def put(cohort: Cohort, mesh: Mesh) -> Cohort:
     if jax.process_count() == 1:
       return lambda x: jax.device_put(np.asarray(x), sharding)
     return lambda x: jax.make_array_from_process_local_data(
-        sharding, np.asarray(x)
+      sharding, np.asarray(x)
     )
 
   placed = {}
@@ -55,7 +55,5 @@ def put(cohort: Cohort, mesh: Mesh) -> Cohort:
       spec = jax.P("clients", None, "fsdp")
     else:
       spec = jax.P("clients")
-    placed[field.name] = jax.tree.map(
-        place(spec), getattr(cohort, field.name)
-    )
+    placed[field.name] = jax.tree.map(place(spec), getattr(cohort, field.name))
   return Cohort(**placed)

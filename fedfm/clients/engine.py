@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedfm import trees
 from fedfm.types import Aggregator, ClientInfo, ClientUpdate, Cohort
@@ -41,11 +42,11 @@ class CohortResult(NamedTuple):
 
 
 def over_lanes(fn: Callable, in_axes: Any = 0) -> Callable:
-  """The project's one vmap over clients, lanes split over mesh axis `clients`."""
+  """The project's one vmap over clients; splits lanes over axis `clients`."""
   mesh = jax.sharding.get_abstract_mesh()
   on_mesh = not mesh.empty and "clients" in mesh.axis_names
   return jax.vmap(
-      fn, in_axes=in_axes, spmd_axis_name="clients" if on_mesh else None
+    fn, in_axes=in_axes, spmd_axis_name="clients" if on_mesh else None
   )
 
 
@@ -67,7 +68,7 @@ def _split_lanes(tree: PyTree) -> PyTree:
 def _zeros(fn: Callable, *args) -> PyTree:
   """Zeros shaped like `fn(*args)`; for keys, any key."""
   return jax.tree.map(
-      lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *args)
+    lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, *args)
   )
 
 
@@ -88,15 +89,15 @@ def _where_lane(flags: jax.Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 
 
 def run_cohort(
-    update: ClientUpdate,
-    aggregator: Aggregator,
-    aggregator_state: PyTree,
-    broadcast: PyTree,
-    base: PyTree,
-    cohort: Cohort,
-    client_states: PyTree,
-    key: jax.Array,
-    round_index: jax.Array,
+  update: ClientUpdate,
+  aggregator: Aggregator,
+  aggregator_state: PyTree,
+  broadcast: PyTree,
+  base: PyTree,
+  cohort: Cohort,
+  client_states: PyTree,
+  key: jax.Array,
+  round_index: jax.Array | np.ndarray | np.integer,
 ) -> CohortResult:
   """Runs every client of a cohort and collects what they send.
 
@@ -122,22 +123,22 @@ def run_cohort(
   def client_info(slot, id_hash, row, num_examples, num_steps, weight):
     client_key = jax.random.fold_in(round_key, id_hash[slot, 0])
     return ClientInfo(
-        key=jax.random.fold_in(client_key, id_hash[slot, 1]),
-        round=jnp.asarray(round_index, jnp.int32),
-        row=row[slot],
-        num_examples=num_examples[slot],
-        num_steps=num_steps[slot],
-        weight=weight[slot],
+      key=jax.random.fold_in(client_key, id_hash[slot, 1]),
+      round=jnp.asarray(round_index, jnp.int32),
+      row=row[slot],
+      num_examples=num_examples[slot],
+      num_steps=num_steps[slot],
+      weight=weight[slot],
     )
 
   def info_at(slots):
     return over_lanes(client_info)(
-        slots,
-        cohort.id_hash,
-        cohort.row,
-        cohort.num_examples,
-        cohort.num_steps,
-        cohort.weight,
+      slots,
+      cohort.id_hash,
+      cohort.row,
+      cohort.num_examples,
+      cohort.num_steps,
+      cohort.weight,
     )
 
   def at_step(x, t):
@@ -145,7 +146,7 @@ def run_cohort(
 
   def state_at(states, slots):
     return over_lanes(lambda s, i: jax.tree.map(lambda x: x[i], s))(
-        states, slots
+      states, slots
     )
 
   start_all = over_lanes(update.start, in_axes=(None, 0, 0))
@@ -190,8 +191,9 @@ def run_cohort(
     if aggregator.stacking:
       terms = put_all(terms, slots, kept, message)
     else:
+      assert aggregator.add is not None
       added = over_lanes(aggregator.add, in_axes=(None, 0, 0))(
-          aggregator_state, message, weight
+        aggregator_state, message, weight
       )
       added = _where_lane(kept, added, trees.zeros_like(added))
       terms = trees.add(terms, added)
@@ -208,24 +210,24 @@ def run_cohort(
       keys = info_at(at_step(cohort.slot, begin)).key
       started = jnp.where(at_step(cohort.start, begin), begin, started)
     carry, keys, started = jax.lax.fori_loop(
-        begin, stop, local_step, (carry, keys, started)
+      begin, stop, local_step, (carry, keys, started)
     )
     with jax.named_scope("finish_clients"):
       states, terms, per_client = finish_clients(
-          carry, states, terms, per_client, stop - 1
+        carry, states, terms, per_client, stop - 1
       )
     return carry, states, keys, started, _split_lanes(terms), per_client
 
   # Zeros of the right shapes: every lane starts a client at step 0.
   first = jnp.zeros((num_lanes,), jnp.int32)
   carry = _split_lanes(
-      _zeros(
-          lambda s: start_all(broadcast, state_at(s, first), info_at(first)),
-          client_states,
-      )
+    _zeros(
+      lambda s: start_all(broadcast, state_at(s, first), info_at(first)),
+      client_states,
+    )
   )
   sent = jax.eval_shape(
-      lambda c: finish_all(broadcast, c, info_at(first)), carry
+    lambda c: finish_all(broadcast, c, info_at(first)), carry
   )
   message, weight, _, metrics = sent
 
@@ -235,24 +237,25 @@ def run_cohort(
   if aggregator.stacking:
     terms = jax.tree.map(slots_like, message)
   else:
+    assert aggregator.add is not None
     terms = _zeros(
-        over_lanes(aggregator.add, in_axes=(None, 0, 0)),
-        aggregator_state,
-        message,
-        weight,
+      over_lanes(aggregator.add, in_axes=(None, 0, 0)),
+      aggregator_state,
+      message,
+      weight,
     )
   flags = jnp.zeros((num_lanes, num_slots), bool)
   weight_slots = jnp.zeros(
-      (num_lanes, num_slots), jnp.promote_types(weight.dtype, jnp.float32)
+    (num_lanes, num_slots), jnp.promote_types(weight.dtype, jnp.float32)
   )
   per_client = (weight_slots, flags, flags, jax.tree.map(slots_like, metrics))
   loop = (
-      carry,
-      client_states,
-      info_at(first).key,
-      first,
-      _split_lanes(terms),
-      per_client,
+    carry,
+    client_states,
+    info_at(first).key,
+    first,
+    _split_lanes(terms),
+    per_client,
   )
   loop = jax.lax.fori_loop(0, cohort.num_segments, segment, loop)
   _, client_states, _, _, terms, per_client = loop
@@ -265,12 +268,12 @@ def run_cohort(
     with jax.named_scope("sum_over_lanes"):
       collected = jax.tree.map(lambda x: jnp.sum(x, axis=0), terms)
   return CohortResult(
-      collected=collected,
-      client_states=client_states,
-      weights=weights,
-      metrics=metrics,
-      nonfinite=nonfinite,
-      present=present,
+    collected=collected,
+    client_states=client_states,
+    weights=weights,
+    metrics=metrics,
+    nonfinite=nonfinite,
+    present=present,
   )
 
 

@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import errors
-from fedfm import trees
+from fedfm import errors, trees
 from fedfm.types import ClientUpdate, LossFn
 
 PyTree = Any
 # An optimizer, or a function of the round (a traced int32 scalar) that gives
 # one: client learning rates may be scheduled over rounds.
 ClientOptimizer = (
-    optax.GradientTransformation
-    | Callable[[jax.Array], optax.GradientTransformation]
+  optax.GradientTransformation
+  | Callable[[jax.Array], optax.GradientTransformation]
 )
 WEIGHTINGS = ("examples", "tokens", "uniform")
 
@@ -42,7 +41,7 @@ class LocalState(NamedTuple):
 
 
 def as_optimizer(
-    optimizer: ClientOptimizer, round_index: jax.Array
+  optimizer: ClientOptimizer, round_index: jax.Array
 ) -> optax.GradientTransformation:
   """Resolves an optimizer that may be a function of the round."""
   if isinstance(optimizer, optax.GradientTransformation):
@@ -76,11 +75,11 @@ def client_weight(weighting: str, info: Any, count: jax.Array) -> jax.Array:
 
 
 def local_update(
-    loss: LossFn,
-    optimizer: ClientOptimizer,
-    *,
-    weighting: str = "examples",
-    proximal: float = 0.0,
+  loss: LossFn,
+  optimizer: ClientOptimizer,
+  *,
+  weighting: str = "examples",
+  proximal: float = 0.0,
 ) -> ClientUpdate:
   """Builds the usual local update: steps of an optimizer from the sent weights.
 
@@ -100,11 +99,11 @@ def local_update(
   """
   if weighting not in WEIGHTINGS:
     raise errors.ConfigError(
-        f"weighting: got {weighting!r}{errors.nearest(weighting, WEIGHTINGS)}"
+      f"weighting: got {weighting!r}{errors.nearest(weighting, WEIGHTINGS)}"
     )
   if not 0 <= proximal < float("inf"):
     raise errors.ConfigError(
-        f"proximal: got {proximal}, expected a finite number of at least 0"
+      f"proximal: got {proximal}, expected a finite number of at least 0"
     )
   grad_fn = jax.value_and_grad(loss, has_aux=True)
 
@@ -119,28 +118,28 @@ def local_update(
     (value, aux), grads = grad_fn(state.trainable, base, batch, key)
     if proximal:
       grads = jax.tree.map(
-          lambda g, w, w0: g + proximal * (w - w0),
-          grads,
-          state.trainable,
-          state.sent,
+        lambda g, w, w0: g + proximal * (w - w0),
+        grads,
+        state.trainable,
+        state.sent,
       )
     updates, optimizer_state = as_optimizer(optimizer, state.round).update(
-        grads, state.optimizer, state.trainable
+      grads, state.optimizer, state.trainable
     )
     count = batch_count(batch, aux).astype(state.count.dtype)
     return state._replace(
-        trainable=optax.apply_updates(state.trainable, updates),
-        optimizer=optimizer_state,
-        loss_sum=state.loss_sum + value.astype(state.count.dtype) * count,
-        count=state.count + count,
+      trainable=optax.apply_updates(state.trainable, updates),
+      optimizer=optimizer_state,
+      loss_sum=state.loss_sum + value.astype(state.count.dtype) * count,
+      count=state.count + count,
     )
 
   def finish(broadcast, state, info):
     delta = trees.sub(state.trainable, broadcast)
     metrics = {
-        "loss_sum": state.loss_sum,
-        "count": state.count,
-        "delta_norm": trees.norm(delta),
+      "loss_sum": state.loss_sum,
+      "count": state.count,
+      "delta_norm": trees.norm(delta),
     }
     return delta, client_weight(weighting, info, state.count), (), metrics
 

@@ -31,16 +31,16 @@ def shingles(text: str) -> set[int]:
   lines = [line for line in lines if len(line) > 12]
   runs = zip(*(lines[i:] for i in range(_SHINGLE_LINES)))
   return {
-      int.from_bytes(
-          hashlib.blake2b("\n".join(run).encode(), digest_size=8).digest(),
-          "little",
-      )
-      for run in runs
+    int.from_bytes(
+      hashlib.blake2b("\n".join(run).encode(), digest_size=8).digest(),
+      "little",
+    )
+    for run in runs
   }
 
 
 def source_files(
-    distributions: Iterable[str] | None = None,
+  distributions: Iterable[str] | None = None,
 ) -> list[tuple[str, str, str]]:
   """Reads the Python files of installed distributions, without duplicates.
 
@@ -53,12 +53,14 @@ def source_files(
   """
   if distributions is None:
     distributions = {
-        d.metadata["Name"] for d in importlib.metadata.distributions()
+      d.metadata["Name"] for d in importlib.metadata.distributions()
     }
   found, seen = [], set()
   for name in sorted(distributions):
     for path in importlib.metadata.files(name) or ():
-      if path.suffix != ".py" or any(p.startswith(_EXCLUDED) for p in path.parts):
+      if path.suffix != ".py" or any(
+        p.startswith(_EXCLUDED) for p in path.parts
+      ):
         continue
       file = pathlib.Path(str(path.locate()))
       if not file.is_file():
@@ -90,9 +92,9 @@ def standard_library_texts() -> list[str]:
 
 
 def without_copies(
-    files: list[tuple[str, str, str]],
-    protected: Iterable[str],
-    max_shared: float = 0.05,
+  files: list[tuple[str, str, str]],
+  protected: Iterable[str],
+  max_shared: float = 0.05,
 ) -> tuple[list[tuple[str, str, str]], list[str]]:
   """Leaves out files that share runs of lines with protected texts.
 

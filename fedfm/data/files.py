@@ -19,7 +19,7 @@ Examples = source.Examples
 
 
 def from_jsonl(
-  path: str | os.PathLike, client_key: str, text_key: str
+  path: str | os.PathLike[str], client_key: str, text_key: str
 ) -> ClientSource:
   """Makes a source of text from a file with one JSON object a line.
 
@@ -100,7 +100,7 @@ def _lines(path: str, compressed: bool) -> Iterator[tuple[int, str, bytes]]:
     raise _unreadable(path, e) from None
 
 
-def _unreadable(path: str, error: Exception) -> errors.DataError:
+def _unreadable(path: Any, error: Exception) -> errors.DataError:
   reason = getattr(error, "strerror", None) or str(error)
   return errors.DataError(f"{path}: cannot be read: {reason}")
 
@@ -187,7 +187,8 @@ def from_tfds(
       " file_format='array_record'"
     )
   with _data_errors(f"{where}: split {split!r}"):
-    records = builder.as_data_source(
+    records: Any = builder.as_data_source(
+      # pyrefly: ignore[bad-argument-type]
       split,
       deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
       file_format=array_record,
@@ -201,8 +202,8 @@ def from_tfds(
         f"{where}: no feature {key!r}{errors.nearest(key, features)}"
       )
   # Features that are not asked for (images, say) are never decoded.
-  only_client = tfds.features.FeaturesDict({client_key: features[client_key]})
-  only_fields = tfds.features.FeaturesDict({k: features[k] for k in fields})
+  only_client: Any = tfds.features.FeaturesDict({client_key: features[client_key]})
+  only_fields: Any = tfds.features.FeaturesDict({k: features[k] for k in fields})
 
   rows: dict[str, Any] = {}
   for row in range(len(records)):

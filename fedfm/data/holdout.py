@@ -15,10 +15,10 @@ def _unit(*parts: str) -> float:
 
 
 def hold_out(
-    source: source_lib.ClientSource,
-    unseen_fraction: float,
-    heldout_fraction: float,
-    seed: int = 0,
+  source: source_lib.ClientSource,
+  unseen_fraction: float,
+  heldout_fraction: float,
+  seed: int = 0,
 ) -> source_lib.FederatedData:
   """Splits a population into training clients and evaluation populations.
 
@@ -40,8 +40,8 @@ def hold_out(
   num_unseen = int(round(unseen_fraction * len(ranked)))
   if num_unseen >= len(ranked):
     raise errors.ConfigError(
-        f"data.unseen_fraction: {unseen_fraction} of {len(ranked)} clients "
-        "leaves none to train on"
+      f"data.unseen_fraction: {unseen_fraction} of {len(ranked)} clients "
+      "leaves none to train on"
     )
   unseen = set(ranked[:num_unseen])
   seen = [c for c in source.ids if c not in unseen]
@@ -52,7 +52,7 @@ def hold_out(
     if heldout_fraction > 0 and size > 1:
       count = max(count, 1)
     order = sorted(
-        range(size), key=lambda i: _unit(str(seed), client_id, str(i))
+      range(size), key=lambda i: _unit(str(seed), client_id, str(i))
     )
     chosen = np.zeros(size, bool)
     chosen[order[:count]] = True
@@ -74,6 +74,6 @@ def hold_out(
     evals["seen"] = part(with_held_out, True)
   if unseen:
     evals["unseen"] = source_lib.subset(
-        source, [c for c in source.ids if c in unseen]
+      source, [c for c in source.ids if c in unseen]
     )
   return source_lib.FederatedData(train=part(seen, False), evals=evals)

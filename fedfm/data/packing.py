@@ -8,6 +8,7 @@ percent of max(mean load, largest client).
 from collections.abc import Iterable, Sequence
 import hashlib
 import logging
+from typing import Literal
 
 import jax
 import numpy as np
@@ -33,11 +34,11 @@ def id_hash(client_id: str) -> np.ndarray:
 
 
 def steps_per_client(
-    num_examples: int,
-    batch_size: int,
-    epochs: int = 1,
-    local_steps: int | None = None,
-    max_examples: int | None = None,
+  num_examples: int,
+  batch_size: int,
+  epochs: int = 1,
+  local_steps: int | None = None,
+  max_examples: int | None = None,
 ) -> int:
   """Local steps of a client: every epoch's last batch may be part full.
 
@@ -80,7 +81,7 @@ def assign(steps: Sequence[int], num_lanes: int) -> list[list[int]]:
   for client in np.argsort(-np.asarray(steps, np.int64), kind="stable"):
     lane = int(np.argmin(loads))
     lanes[lane].append(int(client))
-    loads[lane] += steps[client]
+    loads[lane] += steps[int(client)]
   return lanes
 
 
@@ -131,33 +132,33 @@ def _check_integer(name, value, least, most=None, otherwise="") -> None:
   if not integer or value < least or (most is not None and value > most):
     allowed = f"at least {least}" if most is None else f"{least} to {most}"
     raise errors.ConfigError(
-        f"{name}: got {value!r}, expected an integer of {allowed}{otherwise}"
+      f"{name}: got {value!r}, expected an integer of {allowed}{otherwise}"
     )
 
 
 def _check_lanes(lanes, processes) -> None:
   if lanes % processes:
     raise errors.ConfigError(
-        f"lanes: {processes} processes do not divide {lanes} lanes"
+      f"lanes: {processes} processes do not divide {lanes} lanes"
     )
 
 
 def pack(
-    source: ClientSource,
-    ids: Sequence[str],
-    *,
-    batch_size: int,
-    epochs: int = 1,
-    lanes: int | str = "auto",
-    shuffle: bool = False,
-    seed: int = 0,
-    round: int = 0,  # pylint: disable=redefined-builtin
-    local_steps: int | None = None,
-    max_examples: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    step_buckets: Iterable[int] | None = None,
-    slot_buckets: Iterable[int] | None = None,
+  source: ClientSource,
+  ids: Sequence[str],
+  *,
+  batch_size: int,
+  epochs: int = 1,
+  lanes: int | Literal["auto"] = "auto",
+  shuffle: bool = False,
+  seed: int = 0,
+  round: int = 0,  # pylint: disable=redefined-builtin
+  local_steps: int | None = None,
+  max_examples: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+  step_buckets: Iterable[int] | None = None,
+  slot_buckets: Iterable[int] | None = None,
 ) -> Cohort:
   """Packs clients' examples into batches on lanes.
 
@@ -208,15 +209,15 @@ def pack(
     if size < 1:
       raise errors.DataError(f"client {client_id!r}: has no examples")
   steps = [
-      steps_per_client(n, batch_size, epochs, local_steps, max_examples)
-      for n in sizes
+    steps_per_client(n, batch_size, epochs, local_steps, max_examples)
+    for n in sizes
   ]
   if lanes == "auto":
     lanes = auto_lanes(
-        steps, jax.device_count(), jax.default_backend() == "cpu"
+      steps, jax.device_count(), jax.default_backend() == "cpu"
     )
     logging.getLogger(__name__).debug(
-        "lanes='auto' chose %d for %d clients", lanes, len(ids)
+      "lanes='auto' chose %d for %d clients", lanes, len(ids)
     )
     _check_lanes(lanes, process_count)
   layout = assign(steps, lanes)
@@ -237,14 +238,14 @@ def pack(
   own = layout[first : first + per_process]
   shape, slots = (per_process, num_steps), (per_process, num_slots)
   arrays = {
-      "slot": np.zeros(shape, np.int32),
-      "start": np.zeros(shape, bool),
-      "end": np.zeros(shape, bool),
-      "id_hash": np.zeros((*slots, 2), np.uint32),
-      "row": np.zeros(slots, np.int32),
-      "num_examples": np.zeros(slots, np.int32),
-      "num_steps": np.zeros(slots, np.int32),
-      "weight": np.zeros(slots, np.float32),
+    "slot": np.zeros(shape, np.int32),
+    "start": np.zeros(shape, bool),
+    "end": np.zeros(shape, bool),
+    "id_hash": np.zeros((*slots, 2), np.uint32),
+    "row": np.zeros(slots, np.int32),
+    "num_examples": np.zeros(slots, np.int32),
+    "num_steps": np.zeros(slots, np.int32),
+    "weight": np.zeros(slots, np.float32),
   }
   batches = _empty_batches(source, ids, (*shape, batch_size))
   for lane, clients in enumerate(own):
@@ -254,20 +255,20 @@ def pack(
       examples = source.read(client_id)
       words = id_hash(client_id)
       rows = _example_rows(
-          min(sizes[client], max_examples or sizes[client]),
-          sizes[client],
-          epochs,
-          batch_size,
-          count,
-          np.random.SeedSequence([seed, round, *map(int, words)])
-          if shuffle
-          else None,
+        min(sizes[client], max_examples or sizes[client]),
+        sizes[client],
+        epochs,
+        batch_size,
+        count,
+        np.random.SeedSequence([seed, round, *map(int, words)])
+        if shuffle
+        else None,
       )
       for name, x in examples.items():
         if len(x) != sizes[client]:
           raise errors.DataError(
-              f"client {client_id!r}, field {name!r}: {len(x)} examples, "
-              f"expected {sizes[client]}"
+            f"client {client_id!r}, field {name!r}: {len(x)} examples, "
+            f"expected {sizes[client]}"
           )
       _fill(batches, (lane, slice(at, at + count)), examples, rows, client_id)
       arrays["slot"][lane, at:] = slot
@@ -280,21 +281,21 @@ def pack(
       arrays["weight"][lane, slot] = 1
       at += count
   return Cohort(
-      batches=batches,
-      boundaries=boundaries,
-      num_segments=np.asarray(len(ends), np.int32),
-      order=order,
-      **arrays,
+    batches=batches,
+    boundaries=boundaries,
+    num_segments=np.asarray(len(ends), np.int32),
+    order=order,
+    **arrays,
   )
 
 
 def _example_rows(
-    used: int,
-    size: int,
-    epochs: int,
-    batch_size: int,
-    steps: int,
-    shuffle_seed: np.random.SeedSequence | None,
+  used: int,
+  size: int,
+  epochs: int,
+  batch_size: int,
+  steps: int,
+  shuffle_seed: np.random.SeedSequence | None,
 ) -> np.ndarray:
   """Which example is where: [steps, batch], -1 for padding."""
   rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
@@ -315,12 +316,12 @@ def _empty_batches(source, ids, shape) -> dict[str, np.ndarray]:
     x = np.asarray(x)
     if x.dtype.kind not in "biuf" and x.dtype.name != "bfloat16":
       raise errors.DataError(
-          f"field {name!r}: dtype {x.dtype}, expected numbers (text must be "
-          "tokenized first: fedfm.data.tokenize)"
+        f"field {name!r}: dtype {x.dtype}, expected numbers (text must be "
+        "tokenized first: fedfm.data.tokenize)"
       )
     if name == "mask":
       raise errors.DataError(
-          "field 'mask': this name is kept for the mask of padded examples"
+        "field 'mask': this name is kept for the mask of padded examples"
       )
     batches[name] = np.zeros((*shape, *x.shape[1:]), x.dtype)
   return batches
@@ -332,16 +333,16 @@ def _fill(batches, where, examples, rows, client_id) -> None:
   batches["mask"][where] = valid
   if set(examples) != set(batches) - {"mask"}:
     raise errors.DataError(
-        f"client {client_id!r}: fields {sorted(examples)}, expected "
-        f"{sorted(set(batches) - {'mask'})}"
+      f"client {client_id!r}: fields {sorted(examples)}, expected "
+      f"{sorted(set(batches) - {'mask'})}"
     )
   for name, x in examples.items():
     x = np.asarray(x)
     target = batches[name]
     if x.shape[1:] != target.shape[3:] or x.dtype != target.dtype:
       raise errors.DataError(
-          f"client {client_id!r}, field {name!r}: {x.dtype}{list(x.shape[1:])},"
-          f" expected {target.dtype}{list(target.shape[3:])}"
+        f"client {client_id!r}, field {name!r}: {x.dtype}{list(x.shape[1:])},"
+        f" expected {target.dtype}{list(target.shape[3:])}"
       )
     picked = x[np.maximum(rows, 0)]
     picked[~valid] = 0

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedfm import errors
-from fedfm.data import sampling
-from fedfm.data import source
+from fedfm.data import sampling, source
 
 
 def iid(

@@ -20,8 +20,7 @@ import tempfile
 from typing import Any, ClassVar, NamedTuple
 
 from fedfm import errors
-from fedfm.data import files
-from fedfm.data import source
+from fedfm.data import files, source
 
 NAME = "python_stdlib"
 _VERSION = "1.0.0"

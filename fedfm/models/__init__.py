@@ -5,11 +5,11 @@ from fedfm.models.decoder import DecoderConfig, decoder
 from fedfm.models.model import Model
 
 __all__ = [
-    "DecoderConfig",
-    "Model",
-    "decoder",
-    "generation",
-    "huggingface",
-    "linen",
-    "losses",
+  "DecoderConfig",
+  "Model",
+  "decoder",
+  "generation",
+  "huggingface",
+  "linen",
+  "losses",
 ]

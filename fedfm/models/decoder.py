@@ -12,26 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedfm import errors
-from fedfm import sharding
+from fedfm import errors, sharding
 from fedfm.models import layers
 from fedfm.models import model as model_lib
 from fedfm.models.model import Model, ParamSpec
 
 PyTree = Any
 KERNELS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
+  "q_proj",
+  "k_proj",
+  "v_proj",
+  "o_proj",
+  "gate_proj",
+  "up_proj",
+  "down_proj",
 )
 _REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -63,8 +62,9 @@ class DecoderConfig:
   num_layers: int
   num_heads: int
   mlp_width: int
-  num_kv_heads: int | None = None
-  head_dim: int | None = None
+  # None only until `__post_init__`, which resolves it.
+  num_kv_heads: int = None  # pyrefly: ignore[bad-assignment]
+  head_dim: int = None  # pyrefly: ignore[bad-assignment]
   max_length: int = 2048
   rope_theta: float = 10_000.0
   norm_epsilon: float = 1e-5
@@ -80,30 +80,36 @@ class DecoderConfig:
     if self.head_dim is None:
       if self.num_heads < 1 or self.width % self.num_heads:
         raise errors.ConfigError(
-            f"model.num_heads: {self.num_heads} does not divide width "
-            f"{self.width}; give model.head_dim"
+          f"model.num_heads: {self.num_heads} does not divide width "
+          f"{self.width}; give model.head_dim"
         )
       object.__setattr__(self, "head_dim", self.width // self.num_heads)
-    for field in (
-        "vocab_size width num_layers num_heads mlp_width num_kv_heads head_dim"
-        " max_length"
-    ).split():
+    for field in [
+      "vocab_size",
+      "width",
+      "num_layers",
+      "num_heads",
+      "mlp_width",
+      "num_kv_heads",
+      "head_dim",
+      "max_length",
+    ]:
       if getattr(self, field) < 1:
         raise errors.ConfigError(
-            f"model.{field}: got {getattr(self, field)}, expected at least 1"
+          f"model.{field}: got {getattr(self, field)}, expected at least 1"
         )
     if self.num_heads % self.num_kv_heads:
       raise errors.ConfigError(
-          f"model.num_kv_heads: {self.num_kv_heads} does not divide num_heads "
-          f"{self.num_heads}"
+        f"model.num_kv_heads: {self.num_kv_heads} does not divide num_heads "
+        f"{self.num_heads}"
       )
     if self.head_dim % 2:
       raise errors.ConfigError(
-          f"model.head_dim: got {self.head_dim}, expected an even number"
+        f"model.head_dim: got {self.head_dim}, expected an even number"
       )
     if self.remat not in _REMAT:
       raise errors.ConfigError(
-          f"model.remat: got {self.remat!r}{errors.nearest(self.remat, _REMAT)}"
+        f"model.remat: got {self.remat!r}{errors.nearest(self.remat, _REMAT)}"
       )
 
 
@@ -129,23 +135,23 @@ def decoder_specs(config: DecoderConfig) -> PyTree:
     return ParamSpec(shape, axes, fill=1.0)
 
   specs = {
-      "embed": ParamSpec((c.vocab_size, d), ("vocab", "table_width"), 0.02),
-      "layers": {
-          "attention_norm": norm(n, d),
-          "q_proj": kernel(d, heads, ("embed", "heads")),
-          "k_proj": kernel(d, kv_heads, ("embed", "kv_heads")),
-          "v_proj": kernel(d, kv_heads, ("embed", "kv_heads")),
-          "o_proj": kernel(heads, d, ("heads", "embed"), residual),
-          "mlp_norm": norm(n, d),
-          "gate_proj": kernel(d, c.mlp_width, ("embed", "mlp")),
-          "up_proj": kernel(d, c.mlp_width, ("embed", "mlp")),
-          "down_proj": kernel(c.mlp_width, d, ("mlp", "embed"), residual),
-      },
-      "final_norm": norm(d),
+    "embed": ParamSpec((c.vocab_size, d), ("vocab", "table_width"), 0.02),
+    "layers": {
+      "attention_norm": norm(n, d),
+      "q_proj": kernel(d, heads, ("embed", "heads")),
+      "k_proj": kernel(d, kv_heads, ("embed", "kv_heads")),
+      "v_proj": kernel(d, kv_heads, ("embed", "kv_heads")),
+      "o_proj": kernel(heads, d, ("heads", "embed"), residual),
+      "mlp_norm": norm(n, d),
+      "gate_proj": kernel(d, c.mlp_width, ("embed", "mlp")),
+      "up_proj": kernel(d, c.mlp_width, ("embed", "mlp")),
+      "down_proj": kernel(c.mlp_width, d, ("mlp", "embed"), residual),
+    },
+    "final_norm": norm(d),
   }
   if not c.tie_embeddings:
     specs["lm_head"] = ParamSpec(
-        (d, c.vocab_size), ("table_width", "vocab"), 0.02
+      (d, c.vocab_size), ("table_width", "vocab"), 0.02
     )
   return specs
 
@@ -176,13 +182,13 @@ def decoder(config: DecoderConfig) -> Model:
   specs = decoder_specs(config)
   param_dtype = jnp.dtype(config.param_dtype)
   return Model(
-      init=lambda key: model_lib.init_params(specs, key, param_dtype),
-      apply=functools.partial(_apply, config),
-      axes=model_lib.axes_of(specs),
-      shapes=model_lib.shapes_of(specs, param_dtype),
-      config=config,
-      unembed=functools.partial(_unembed, config),
-      init_cache=functools.partial(_init_cache, config),
+    init=lambda key: model_lib.init_params(specs, key, param_dtype),
+    apply=functools.partial(_apply, config),
+    axes=model_lib.axes_of(specs),
+    shapes=model_lib.shapes_of(specs, param_dtype),
+    config=config,
+    unembed=functools.partial(_unembed, config),
+    init_cache=functools.partial(_init_cache, config),
   )
 
 
@@ -241,14 +247,14 @@ def _split_layers(stacked: PyTree, n: int) -> list[PyTree]:
 
 
 def _apply(
-    config: DecoderConfig,
-    params: PyTree,
-    tokens: jax.Array,
-    *,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    cache: PyTree | None = None,
-    output: str = "logits",
+  config: DecoderConfig,
+  params: PyTree,
+  tokens: jax.Array,
+  *,
+  positions: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  cache: PyTree | None = None,
+  output: str = "logits",
 ):
   """See `decoder`."""
   b, s = tokens.shape
@@ -256,7 +262,7 @@ def _apply(
   if positions is None:
     positions = jnp.broadcast_to(index + jnp.arange(s), (b, s))
   cos, sin = layers.rope_angles(
-      positions, config.head_dim, config.rope_theta, config.dtype
+    positions, config.head_dim, config.rope_theta, config.dtype
   )
   with jax.named_scope("embed"):
     x = params["embed"][tokens].astype(jnp.dtype(config.dtype))
@@ -265,13 +271,11 @@ def _apply(
   def run_layer(x, layer_and_cache):
     layer, kv = layer_and_cache
     kv = None if kv is None else (*kv, index)
-    return _layer(
-        config, x, layer, cos, sin, positions, segment_ids, kv
-    )
+    return _layer(config, x, layer, cos, sin, positions, segment_ids, kv)
 
   if config.remat != "none":
     run_layer = jax.checkpoint(run_layer, policy=_REMAT[config.remat])
-  kv = None if cache is None else (cache["key"], cache["value"])
+  kv: PyTree = None if cache is None else (cache["key"], cache["value"])
   if config.scan_layers:
     x, kv = jax.lax.scan(run_layer, x, (params["layers"], kv))
   else:

@@ -151,7 +151,7 @@ def read_config(path: pathlib.Path) -> tuple[Family, DecoderConfig]:
       raise errors.CheckpointError(
         f"{path}: {name} is {values[name]!r}, only {expected!r} is supported"
       )
-  sizes = {"rope_theta": _rope_theta(path, values)}
+  sizes: dict[str, Any] = {"rope_theta": _rope_theta(path, values)}
   for row in family.fields:
     sizes[row.field] = _field(path, values, row.name, row.kind, row.default)
   try:

@@ -40,7 +40,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def rope_angles(
-    positions: jax.Array, head_dim: int, theta: float, dtype: Any = jnp.float32
+  positions: jax.Array, head_dim: int, theta: float, dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of rotary positions. Source: arXiv 2104.09864.
 
@@ -74,12 +74,12 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   cos = cos[:, :, None].astype(x.dtype)
   sin = sin[:, :, None].astype(x.dtype)
   return jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 ) -> jax.Array:
   """Grouped-query attention, softmax in float32 at least.
 
@@ -113,11 +113,11 @@ def attention(
 
 
 def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None = None,
-    block: int = 128,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None = None,
+  block: int = 128,
 ) -> jax.Array:
   """Causal self-attention in blocks of queries, skipping what lies ahead.
 
@@ -144,6 +144,6 @@ def causal_attention(
       own = segment_ids[:, begin:end, None] == segment_ids[:, None, :end]
       mask = mask & own
     outputs.append(
-        attention(query[:, begin:end], key[:, :end], value[:, :end], mask)
+      attention(query[:, begin:end], key[:, :end], value[:, :end], mask)
     )
   return jnp.concatenate(outputs, axis=1)

@@ -93,12 +93,12 @@ def axes_of(specs: PyTree) -> PyTree:
 def shapes_of(specs: PyTree, dtype: Any) -> PyTree:
   """Returns the tree of `jax.ShapeDtypeStruct`."""
   return jax.tree.map(
-      lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=_is_spec
+    lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=_is_spec
   )
 
 
 def num_params(specs: PyTree) -> int:
   """Returns the number of scalars that `specs` declares."""
   return sum(
-      math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=_is_spec)
+    math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=_is_spec)
   )

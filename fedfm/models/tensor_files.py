@@ -113,7 +113,7 @@ def open_folder(directory: pathlib.Path) -> dict[str, TensorEntry]:
   return entries
 
 
-def _open_file(path: pathlib.Path) -> Mapping[str, TensorEntry]:
+def _open_file(path: pathlib.Path) -> dict[str, TensorEntry]:
   """Opens one file: its header by hand, its offsets by safetensors."""
   if path.suffix in _PICKLES:
     raise _refuse_pickle(path)
