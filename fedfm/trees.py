@@ -1,6 +1,6 @@
 """Arithmetic on whole pytrees: norms, sums, selects."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,11 @@ def squared_norm(tree: PyTree) -> jax.Array:
   leaves = [x for x in jax.tree.leaves(tree)]
   if not leaves:
     return jnp.zeros(())
-  total = sum(
+  total: Any = sum(
     jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
     for x in leaves
   )
-  return cast(jax.Array, total)  # There are leaves: not the int 0.
+  return total
 
 
 def norm(tree: PyTree) -> jax.Array:

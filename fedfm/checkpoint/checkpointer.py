@@ -147,11 +147,13 @@ class Checkpointer:
       except manifests.DamagedError as e:
         self._set_aside(round, e)
     self._remove(_TEMPORARY)
-    arrays = {path: x for path, x in leaves.items() if _has_content(x)}
+    arrays: PyTree = {path: x for path, x in leaves.items() if _has_content(x)}
     try:
       response = ocp.save_async(
         # pyrefly: ignore[bad-argument-type]
-        self._at(round), arrays, custom_metadata={"fedfm": manifest}
+        self._at(round),
+        arrays,
+        custom_metadata={"fedfm": manifest},
       )
     except Exception as e:
       raise self._save_error(round, e) from e
@@ -243,14 +245,13 @@ class Checkpointer:
     manifest = self.manifest(round)
     wanted = manifests.named_leaves(target)
     specs = {path: _abstract(x) for path, x in wanted.items()}
-    loaded: dict[str, Any] = {}
+    loaded: Any = {}
     error: Exception | None = None
     try:
       manifests.check_target(manifest, wanted)
-      loaded = ocp.load(
-        # pyrefly: ignore[bad-argument-type]
-        self._at(round), {p: x for p, x in specs.items() if _has_content(x)}
-      )
+      content: PyTree = {p: x for p, x in specs.items() if _has_content(x)}
+      # pyrefly: ignore[bad-argument-type]
+      loaded = ocp.load(self._at(round), content)
     except Exception as e:
       error = e
     if _on_any_process(error is not None):

@@ -100,7 +100,9 @@ def _lines(path: str, compressed: bool) -> Iterator[tuple[int, str, bytes]]:
     raise _unreadable(path, e) from None
 
 
-def _unreadable(path: Any, error: Exception) -> errors.DataError:
+def _unreadable(
+  path: str | os.PathLike[str], error: Exception
+) -> errors.DataError:
   reason = getattr(error, "strerror", None) or str(error)
   return errors.DataError(f"{path}: cannot be read: {reason}")
 
@@ -202,8 +204,12 @@ def from_tfds(
         f"{where}: no feature {key!r}{errors.nearest(key, features)}"
       )
   # Features that are not asked for (images, say) are never decoded.
-  only_client: Any = tfds.features.FeaturesDict({client_key: features[client_key]})
-  only_fields: Any = tfds.features.FeaturesDict({k: features[k] for k in fields})
+  only_client: Any = tfds.features.FeaturesDict(
+    {client_key: features[client_key]}
+  )
+  only_fields: Any = tfds.features.FeaturesDict(
+    {k: features[k] for k in fields}
+  )
 
   rows: dict[str, Any] = {}
   for row in range(len(records)):

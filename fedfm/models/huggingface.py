@@ -158,9 +158,7 @@ def save(
 def _write(directory, files, shards, config) -> None:
   """Writes shards one by one, then the index, then config.json."""
   writes = jax.process_index() == 0
-  index: dict[str, Any] = (
-    {} if len(files) == 1 else {tensor_files.INDEX: None}
-  )
+  index: dict[str, Any] = {} if len(files) == 1 else {tensor_files.INDEX: None}
   if writes:
     directory.mkdir(parents=True, exist_ok=True)
     for path in sorted(directory.glob("model*.safetensors*")):

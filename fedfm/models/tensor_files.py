@@ -1,6 +1,5 @@
 """Opens a folder of safetensors files, checked before any weight is read."""
 
-from collections.abc import Mapping
 import json
 import os
 import pathlib
