@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     {
       "seed": 0,
-      "rounds": 6,
+      "rounds": 4,
       "clients_per_round": 8,
       "algorithm": "fedavg",
       "adapter": {
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
         "local_steps": 8,
         "clip_norm": 1.0,
       },
-      "eval": {"every": 3, "batch_size": 8, "max_examples": 2},
-      "checkpoint": {"every": 3},
+      "eval": {"every": 2, "batch_size": 8, "max_examples": 2},
+      "checkpoint": {"every": 2},
     }
   )
