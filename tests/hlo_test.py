@@ -120,37 +120,48 @@ def test_base_product_is_one_matmul_over_all_lanes():
   assert any(batched and (LANES, 16, 3) in ops for ops, batched in found)
 
 
+def integers(text):
+  return [int(n) for n in text.split(",")]
+
+
+def device_order(dims, permutation, num_devices):
+  """Partition ids counted in another order, as HLO's `[4,2]T(1,0)` says it."""
+  ids = np.arange(num_devices)
+  if dims:
+    ids = ids.reshape(integers(dims))
+  if permutation:
+    ids = ids.transpose(integers(permutation))
+  return ids.reshape(-1)
+
+
 def replica_groups(line, num_devices):
-  """Groups of partition ids of a collective, in any of HLO's three forms."""
-  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?", line)
-  listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}",
-                     line)  # fmt: skip
+  """Groups of partition ids of a collective, in any of HLO's forms."""
+  listed = re.search(
+    r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line
+  )
   if listed:
     return [
       [int(n) for n in group.split(",")]
       for group in re.findall(r"\{([\d,]+)\}", listed[1])
     ]
-  assert not pairs, line
   iota = re.search(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
   )
   if iota:
-    groups, dims, order = (
-      [int(n) for n in part.split(",")] if part else None
-      for part in iota.groups()
-    )
-    ids = np.arange(num_devices).reshape(dims)
-    ids = ids if order is None else ids.transpose(order)
-    return ids.reshape(groups).tolist()
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)
+    ids = device_order(iota[2], iota[3], num_devices)
+    return ids.reshape(integers(iota[1])).tolist()
+  mesh = re.search(
+    r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    r" \{((?:'\w+',?)*)\}",
+    line,
+  )
   if mesh:
     axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
-    over = re.findall(r"'(\w+)'", mesh[2])
-    simple = r"('\w+'=\d+,?)+"
-    assert re.fullmatch(simple, mesh[1]), line
-    assert re.fullmatch(r"('\w+',?)*", mesh[2]), line
+    over = re.findall(r"'(\w+)'", mesh[4])
     names = [name for name, _ in axes]
-    ids = np.arange(num_devices).reshape([int(size) for _, size in axes])
+    ids = device_order(mesh[2], mesh[3], num_devices)
+    ids = ids.reshape([int(size) for _, size in axes])
     rest = [i for i, name in enumerate(names) if name not in over]
     inside = [names.index(name) for name in over]
     size = int(np.prod([ids.shape[i] for i in inside]))
@@ -170,6 +181,10 @@ def replica_groups(line, num_devices):
     ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=1] {'a'}", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    (
+      "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x={1}",
+      [[0, 2], [1, 3]],
+    ),
     ("replica_groups={}", [[0, 1, 2, 3]]),
   ],
 )
