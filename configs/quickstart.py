@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
         "local_steps": 8,
         "clip_norm": 1.0,
       },
-      "eval": {"every": 2, "batch_size": 8, "max_examples": 2},
+      "eval": {"every": 2, "batch_size": 2, "max_examples": 2},
       "checkpoint": {"every": 2},
     }
   )
