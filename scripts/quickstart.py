@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run's folder.")
 _LOCAL_CLIENTS = flags.DEFINE_integer(
   "local_clients", 8, "Clients of local-only."
 )
-_LOCAL_STEPS = flags.DEFINE_integer("local_steps", 12, "Their local steps.")
+_LOCAL_STEPS = flags.DEFINE_integer("local_steps", 8, "Their local steps.")
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
 _METRIC = "bits_per_byte"
 _POPULATIONS = ("seen", "unseen")
