@@ -106,8 +106,9 @@ class ShardingRules(dict[str, str | None]):
   """Logical axis -> mesh axis, or None for replicated.
 
   Examples:
-    >>> ShardingRules(embed="fsdp", mlp="tensor").spec(("embed", "mlp"))
-    PartitionSpec('fsdp', 'tensor')
+    >>> rules = ShardingRules(embed="fsdp", mlp="tensor")
+    >>> rules.spec(("embed", "mlp")) == jax.P("fsdp", "tensor")
+    True
   """
 
   def spec(self, axes: LogicalAxes) -> jax.P:

@@ -179,7 +179,7 @@ def host(x: jax.Array | np.ndarray) -> np.ndarray:
 
 def _sha256(x: np.ndarray) -> str:
   flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-  return hashlib.sha256(flat).hexdigest()
+  return hashlib.sha256(flat.data).hexdigest()
 
 
 def _records(leaves: dict[str, Any]) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def load(
   if dtype is not None:
     dtype = _float_dtype("dtype", dtype)
     leaves = [leaf._replace(dtype=dtype) for leaf in leaves]
-  if not jax.config.jax_enable_x64:
+  if not jax.config.read("jax_enable_x64"):
     for leaf in leaves:
       if leaf.dtype == "float64":
         raise errors.CheckpointError(
