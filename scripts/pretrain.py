@@ -7,8 +7,8 @@ with it are left out.
 
   python scripts/pretrain.py --output=fedfm/models/byte_llama
 
-About an hour on two CPU cores with the defaults. Two virtual devices, one a
-core, are faster there than one:
+Took 93 minutes on two CPU cores that did other work besides. Two virtual
+devices, one a core, are faster there than one:
 
   XLA_FLAGS=--xla_force_host_platform_device_count=2 \
     python scripts/pretrain.py --output=DIR

@@ -140,3 +140,11 @@ def rows_of(cohort, position):
   begins = np.flatnonzero(cohort.start[lane])
   begin = int(begins[slot])
   return lane, slice(begin, begin + int(cohort.num_steps[lane, slot]))
+
+
+def check_message(error, words):
+  """Asserts that an error is one line that holds every word."""
+  message = str(error)
+  assert "\n" not in message
+  for word in words:
+    assert word in message
