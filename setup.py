@@ -4,8 +4,12 @@ import pathlib
 
 import setuptools
 
-TEST = ["pytest", "pytest-xdist", "hypothesis", "chex"]
+# Epsilons, of every privacy mechanism.
+PRIVACY = ["dp-accounting>=0.6"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "chex", *PRIVACY]
 DEV = TEST + ["ruff", "pyrefly"]
+# Hugging Face: its tokenizers and chat templates, its models to compare with.
+HF = ["jinja2", "peft", "sentencepiece", "tokenizers", "torch", "transformers"]
 
 setuptools.setup(
   name="fedfm",
@@ -31,7 +35,14 @@ setuptools.setup(
     "tensorboardX",
     "tensorflow-datasets>=4.9.9",
   ],
-  extras_require={"test": TEST, "dev": DEV},
+  # jax's own extra pins the libtpu that goes with each jax.
+  extras_require={
+    "test": TEST,
+    "dev": DEV,
+    "hf": HF,
+    "privacy": PRIVACY,
+    "tpu": ["jax[tpu]"],
+  },
   classifiers=[
     "License :: OSI Approved :: Apache Software License",
     "Programming Language :: Python :: 3.11",

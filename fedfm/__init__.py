@@ -7,9 +7,11 @@ from fedfm import (
   aggregators,
   algorithms,
   clients,
+  compression,
   data,
   errors,
   models,
+  privacy,
   sharding,
   trees,
   types,
@@ -19,7 +21,7 @@ from fedfm.sharding import ShardingRules, make_mesh
 __version__ = "0.1.0"
 
 # These import orbax: on first use, so that `import fedfm` is fast.
-_LAZY = ("baselines", "checkpoint", "experiment")
+_LAZY = ("baselines", "checkpoint", "experiment", "model_folders")
 
 
 def __getattr__(name: str):
@@ -34,11 +36,13 @@ __all__ = [
   "aggregators",
   "algorithms",
   "clients",
+  "compression",
   "data",
   "experiment",
   "errors",
   "make_mesh",
   "models",
+  "privacy",
   "sharding",
   "trees",
   "types",

@@ -1,32 +1,41 @@
 """From settings to the pieces of a run, checked and placed on the mesh."""
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
+import numpy as np
 
 from fedfm import (
   adapters,
+  blueprint,
+  checkpoint,
   choices,
   clients,
+  dispatch,
   errors,
   evaluation,
   models,
+  participation,
   planning,
+  privacy,
+  protection,
   sharding,
   types,
 )
 from fedfm import data as data_lib
-from fedfm import settings as settings_lib
-from fedfm.data import holdout, text
-from fedfm.models import families
+from fedfm import ledger as ledger_lib
+from fedfm import population as population_lib
+from fedfm.clients import deterministic
+from fedfm.clients.host_store import HostStore
+from fedfm.clients.hosted import hosted
+from fedfm.data import continual, resident
 from fedfm.settings import Settings
 
 PyTree = Any
-BUILTIN_MODEL = pathlib.Path(__file__).parent / "models" / "byte_llama"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +49,21 @@ class Experiment:
     base: Its weights, frozen; None where all weights are trained.
     adapter: What clients train.
     trainable: The initial trainable.
-    loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
+    loss: `loss(trainable, base, batch, key) -> (scalar, aux)`, to evaluate.
+    train_loss: Likewise, to train: with dropout where the adapter has it.
     algorithm: The federated algorithm.
     data: Tokenized clients to train on, populations to evaluate on.
-    tokenizer: Text to tokens and back.
+    tokenizer: Text to tokens and back; None of images.
     sampler: Round -> the ids of its cohort.
+    schedule: Round -> who of the population is there, and with which data.
+    plan: Round -> who works in it, and how much.
+    ledger: What rounds cost.
+    accounting: What a round costs in privacy; None where nobody promises any.
     buckets: Sizes that cohorts are padded to: (steps, slots).
+    table: All rows to train on, where they stay on the device; else None.
+    client_store: Where clients' states are between rounds: device or host.
+    host: The store on the host, once `hosting.open_store` opened it.
+    items: State on the host that is checkpointed along, by name.
   """
 
   settings: Settings
@@ -55,47 +73,111 @@ class Experiment:
   adapter: adapters.Adapter
   trainable: PyTree
   loss: types.LossFn
+  train_loss: types.LossFn
   algorithm: types.FederatedAlgorithm
   data: data_lib.FederatedData
-  tokenizer: data_lib.Tokenizer
+  tokenizer: data_lib.Tokenizer | None
   sampler: data_lib.sampling.Sampler
+  schedule: continual.Schedule
+  plan: Callable[[int], planning.Work]
+  ledger: ledger_lib.Ledger
   buckets: tuple[tuple[int, ...], tuple[int, ...]]
+  accounting: privacy.Accounting | None = None
+  table: dict[str, jax.Array] | None = None
+  client_store: str = "device"
+  host: HostStore | None = None
+  items: Mapping[str, checkpoint.Item] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def state_shardings(self) -> types.ServerState:
-    """A sharding per leaf of the state: like the trainable, or replicated."""
-    return sharding.shardings_like(
+    """A sharding per leaf of the state; see `blueprint.state_shardings`."""
+    return blueprint.state_shardings(
       self.mesh,
-      jax.eval_shape(self.algorithm.init, self.trainable),
+      self.algorithm,
+      self.base,
       self.trainable,
-      jax.tree.map(lambda x: x.sharding, self.trainable),
+      len(self.data.train),
+      self.client_store,
     )
 
   @functools.cached_property
   def run_round(self) -> Any:
     """The jitted round; its state is donated, its metrics are replicated."""
-    return jax.jit(
-      self.algorithm.round,
-      donate_argnums=0,
-      out_shardings=(
-        self.state_shardings,
-        NamedSharding(self.mesh, jax.P()),
-      ),
-    )
+    return self._jit_round(self._round_fn)
+
+  @functools.cached_property
+  def run_naming_round(self) -> Any:
+    """As `run_round`; its metrics name bad clients, so not all are scalars."""
+    return self._jit_round(clients.naming_clients(self._round_fn))
+
+  @functools.cached_property
+  def run_rounds(self) -> Any:
+    """As `run_naming_round`, of `cohorts`; see `dispatch.many_rounds`."""
+    return self._jit_round(dispatch.many_rounds(self._round_fn))
+
+  @property
+  def _round_fn(self) -> Any:
+    round_fn = self.algorithm.round
+    return round_fn if self.table is None else resident.looked_up(round_fn)
+
+  def _jit_round(self, round_fn: Any) -> Any:
+    if self.settings.deterministic:
+      run_round = deterministic.deterministic(round_fn, self.mesh)
+    else:
+      run_round = blueprint.jit_round(self.mesh, round_fn, self.state_shardings)
+    if self.client_store == "host":
+      if self.host is None:
+        raise errors.ConfigError(
+          "client.store: 'host' needs the folder of a run, expected 'device'"
+        )
+      run_round = hosted(run_round, self.host, self.mesh)
+    if self.table is not None:
+      return lambda s, base, cohort: run_round(s, (base, self.table), cohort)
+    return run_round
 
   @functools.cached_property
   def run_evaluation(self) -> Any:
     """Jitted `(trainable, base, cohort) -> sums [clients]`, replicated."""
-    return jax.jit(
+    return deterministic.jit_cohort(
       functools.partial(evaluation.evaluate_cohort, self.loss),
-      out_shardings=NamedSharding(self.mesh, jax.P()),
+      self.mesh,
+      self.settings.deterministic,
     )
 
-  def initial_state(self) -> types.ServerState:
-    """Returns the server state of round 0, placed on the mesh."""
+  @functools.cached_property
+  def run_own_evaluation(self) -> Any:
+    """As `run_evaluation`, of trainables stacked [clients, ...], one each."""
+    return deterministic.jit_cohort(
+      functools.partial(evaluation.evaluate_own, self.loss),
+      self.mesh,
+      self.settings.deterministic,
+    )
+
+  @functools.cached_property
+  def _init_state(self) -> Any:
+    places, jit = (
+      self.state_shardings,
+      blueprint.jit_for(self.settings, self.mesh),
+    )
+    if self.client_store == "device":
+      return jit(self.algorithm.init, places)
+
+    def init(trainable):
+      return dataclasses.replace(self.algorithm.init(trainable), clients=())
+
+    run = jit(init, dataclasses.replace(places, clients=()))
+    first = np.zeros((), np.int32)  # The store's version.
+    return lambda t: dataclasses.replace(run(t), clients=first)
+
+  def initial_state(self, trainable: PyTree = None) -> types.ServerState:
+    """Returns the server state of round 0, placed on the mesh.
+
+    Args:
+      trainable: Where to start; default the experiment's own.
+    """
     with jax.set_mesh(self.mesh):
-      return jax.jit(self.algorithm.init, out_shardings=self.state_shardings)(
-        self.trainable
+      return self._init_state(
+        self.trainable if trainable is None else trainable
       )
 
   @functools.cached_property
@@ -115,11 +197,12 @@ class Experiment:
   def pack_to_evaluate(self, source: data_lib.ClientSource) -> types.Cohort:
     """Packs and places all clients of a source as `settings.eval` says."""
     e = self.settings.eval
+    if e.max_examples:
+      source = data_lib.spread(source, e.max_examples)
     packed = data_lib.pack(
       source,
       source.ids,
       batch_size=e.batch_size,
-      max_examples=e.max_examples or None,
       lanes=self.num_lanes,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -127,29 +210,41 @@ class Experiment:
     return clients.put(packed, self.mesh)
 
   @functools.cached_property
+  def aligned(self) -> bool:
+    """Whether every client keeps its place on the lanes."""
+    return planning.is_aligned(self.settings, self.algorithm, self.data.train)
+
+  @functools.cached_property
   def num_lanes(self) -> int:
     """Lanes of every cohort of the run."""
     return planning.choose_lanes(
-      self.settings, self.data.train, self.sampler, self.mesh
+      self.settings, self.data.train, self.plan, self.mesh, self.aligned
     )
+
+  def client_ids(self, round_index: int) -> Sequence[str]:
+    """Names the clients of a round, in the cohort's order."""
+    return self.plan(round_index).ids
 
   def cohort(self, round_index: int) -> types.Cohort:
     """Samples, reads, packs and places the cohort of a round."""
-    ids = self.sampler.sample(round_index)
-    packed = data_lib.pack(
-      self.data.train,
-      ids,
-      lanes=self.num_lanes,
-      shuffle=True,
-      seed=self.settings.seed,
-      round=round_index,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      step_buckets=self.buckets[0],
-      slot_buckets=self.buckets[1],
-      **planning.pack_options(self.settings),
-    )
+    (packed,) = self._pack(range(round_index, round_index + 1))
     return clients.put(packed, self.mesh)
+
+  def cohorts(self, rounds: range) -> types.Cohort:
+    """The cohorts of several rounds, in buffers of one size [rounds, ...]."""
+    return clients.put_rounds(self._pack(rounds), self.mesh)
+
+  def _pack(self, rounds: range) -> list[types.Cohort]:
+    sizes = planning.Sizes(*self.buckets, (self.settings.clients_per_round,))
+    return planning.pack(
+      self.settings,
+      [self.schedule.source(r) for r in rounds],
+      rounds,
+      [self.plan(r) for r in rounds],
+      sizes,
+      self.num_lanes,
+      self.aligned,
+    )
 
   def evaluate(
     self, trainable: PyTree, base: PyTree = None
@@ -165,7 +260,7 @@ class Experiment:
     """
     values = {}
     for name, sums in self.evaluate_clients(trainable, base).items():
-      summary = evaluation.summarise(sums, self.tokenizer.name == "bytes")
+      summary = evaluation.summarise(sums)
       values |= {f"eval/{name}/{k}": v for k, v in summary.items()}
     return values
 
@@ -181,55 +276,20 @@ class Experiment:
     Returns:
       {population: {"ids": list, "tokens", "loss_sum", "correct": [clients]}}.
     """
-    names, cohort = self.eval_cohort
+    _, cohort = self.eval_cohort
     base = self.base if base is None else base
     with jax.set_mesh(self.mesh):
       sums = jax.device_get(self.run_evaluation(trainable, base, cohort))
-    result = {}
+    return self.by_population(sums)
+
+  def by_population(self, sums: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sorts sums [clients] of `eval_cohort` by population, with their ids."""
+    names, result = self.eval_cohort[0], {}
     for population in self.data.evals:
       rows = [i for i, (name, _) in enumerate(names) if name == population]
       result[population] = {k: v[rows] for k, v in sums.items()}
       result[population]["ids"] = [names[i][1] for i in rows]
     return result
-
-
-def load_data(
-  settings: Settings,
-) -> tuple[data_lib.FederatedData, data_lib.Tokenizer]:
-  """Loads and tokenizes the population that the settings name.
-
-  Args:
-    settings: The run's settings.
-
-  Returns:
-    Numeric clients, and the tokenizer.
-
-  Raises:
-    DataError: Missing or malformed data.
-  """
-  d = settings.data
-  if d.name == "python_stdlib":
-    raw, key = data_lib.python_stdlib.load(d.path or None), "text"
-  elif d.name == "jsonl":
-    source = data_lib.from_jsonl(d.path, d.client_key, d.text_key)
-    raw = holdout.hold_out(source, d.unseen_fraction, d.heldout_fraction)
-    key = d.text_key
-  else:
-    source = data_lib.from_tfds(d.name, d.split, d.client_key, d.path or None)
-    raw = holdout.hold_out(source, d.unseen_fraction, d.heldout_fraction)
-    key = d.text_key
-  tokenizer = data_lib.byte_tokenizer()
-  tokenize = functools.partial(
-    text.tokenize,
-    tokenizer=tokenizer,
-    sequence_length=d.sequence_length,
-    text_key=key,
-  )
-  numeric = data_lib.FederatedData(
-    train=tokenize(raw.train),
-    evals={name: tokenize(source) for name, source in raw.evals.items()},
-  )
-  return numeric, tokenizer
 
 
 def build(settings: Settings) -> Experiment:
@@ -247,46 +307,74 @@ def build(settings: Settings) -> Experiment:
     CheckpointError: Bad weights.
   """
   mesh = sharding.make_mesh(dataclasses.asdict(settings.mesh))
-  for field in ("client.batch_size", "eval.batch_size"):
-    if settings_lib.get(settings, field) % mesh.shape["fsdp"]:
-      raise errors.ConfigError(
-        f"{field}: mesh.fsdp = {mesh.shape['fsdp']} does not divide "
-        f"{settings_lib.get(settings, field)}"
-      )
-  model = _model(settings)
-  adapter = _adapter(settings, model)
-  loss = models.losses.language_model(adapters.loss_apply(adapter))
-  data, tokenizer = load_data(settings)
-  if tokenizer.vocab_size > model.config.vocab_size:
+  blueprint.check_rows(settings, mesh)
+  if settings.deterministic and mesh.size != mesh.shape["clients"]:
     raise errors.ConfigError(
-      f"model.path: vocabulary of {model.config.vocab_size} is smaller than "
-      f"the tokenizer's {tokenizer.vocab_size}"
+      f"deterministic: got a mesh of fsdp = {mesh.shape['fsdp']}, tensor = "
+      f"{mesh.shape['tensor']}, expected 1 and 1"
     )
-  algorithm = choices.algorithm(settings, loss, len(data.train.ids))
-  sampler = choices.sampler(
+  model = blueprint.make_model(settings, mesh)
+  adapter = blueprint.make_adapter(settings, model)
+  loss, train_loss = blueprint.losses(settings, model, adapter, mesh)
+  data, tokenizer = population_lib.load(settings, model.config)
+  algorithm = blueprint.algorithm(
+    settings, train_loss, adapter, len(data.train.ids)
+  )
+  key_shape = jax.eval_shape(jax.random.key, 0)
+  trainable_shapes = jax.eval_shape(adapter.init, key_shape, model.shapes)
+  base = None if adapter.kind == "full" else model.shapes
+  state = choices.check_trainable(settings, algorithm, trainable_shapes, base)
+  client_store = planning.choose_store(settings, state.clients)
+  realism = participation.realism(settings)
+  flops = ledger_lib.flops_per_row(
+    model, adapter.kind, trainable_shapes, settings.data.sequence_length
+  )
+  ledger = ledger_lib.Ledger(flops * settings.client.batch_size, realism)
+  rows, table = data.train, None
+  if settings.data.resident:
+    rows, table = resident.rows(data.train)
+  schedule = participation.schedule_of(settings, rows)
+  data = data._replace(evals=schedule.evals(data.evals))
+  sampler = participation.sampler(
     settings,
     data.train.ids,
-    lambda: [data.train.size(i) for i in data.train.ids],
+    data.train.size,
+    participation.eligible(settings, schedule, realism),
   )
-  lanes = planning.choose_lanes(settings, data.train, sampler, mesh)
-  buckets = planning.plan_buckets(settings, data.train, sampler, lanes)
+  plan = planning.plan(
+    settings,
+    algorithm,
+    sampler,
+    schedule,
+    realism,
+    ledger_lib.planned_costs(
+      ledger.flops_per_step,
+      trainable_shapes,
+      choices.compressor(settings, "up"),
+      choices.compressor(settings, "down"),
+    ),
+  )
+  aligned = planning.is_aligned(settings, algorithm, data.train)
+  lanes = planning.choose_lanes(settings, data.train, plan, mesh, aligned)
+  buckets = planning.plan_buckets(settings, data.train, plan, lanes, aligned)
   places = sharding.shardings(mesh, model.axes, model.shapes)
   params: PyTree = None  # Set below, by one of two places.
   if settings.model.init == "pretrained":
-    params = models.huggingface.load(
-      _model_folder(settings), mesh=mesh, dtype=settings.model.dtype
-    )[1]
-  # All is checked; from here on things are compiled.
-  key = jax.random.key(settings.seed)
-  if settings.model.init == "random":
-    params = jax.jit(model.init, out_shardings=places)(key)
-  trainable_shardings = sharding.shardings_like(
-    mesh,
-    jax.eval_shape(adapter.init, key, model.shapes),
-    model.shapes,
-    places,
+    params = blueprint.load_weights(settings, mesh, model)
+  evaluation.check_name(
+    "checkpoint.keep_best",
+    settings.checkpoint.keep_best,
+    data.evals,
+    settings.data.task == "language_model" and not settings.data.token_key,
+    personal=algorithm.personal is not None,
+    finetuned=data.train.ids if settings.eval.finetune_steps else (),
   )
-  trainable = jax.jit(adapter.init, out_shardings=trainable_shardings)(
+  # All is checked; from here on things are compiled.
+  key, jit = jax.random.key(settings.seed), blueprint.jit_for(settings, mesh)
+  if settings.model.init == "random":
+    params = jit(model.init, places)(key)
+  trainable_shardings = blueprint.trainable_shardings(mesh, model, adapter)
+  trainable = jit(adapter.init, trainable_shardings)(
     jax.random.fold_in(key, 1), params
   )
   return Experiment(
@@ -297,46 +385,16 @@ def build(settings: Settings) -> Experiment:
     adapter=adapter,
     trainable=trainable,
     loss=loss,
+    train_loss=train_loss,
     algorithm=algorithm,
     data=data,
     tokenizer=tokenizer,
     sampler=sampler,
+    schedule=schedule,
+    plan=plan,
+    ledger=ledger,
     buckets=buckets,
+    accounting=protection.accounting(settings, len(data.train.ids)),
+    table=None if table is None else resident.place(table, mesh),
+    client_store=client_store,
   )
-
-
-def _model_folder(settings: Settings) -> pathlib.Path:
-  return pathlib.Path(settings.model.path or BUILTIN_MODEL)
-
-
-def _model(settings: Settings) -> models.Model:
-  """Builds the model from its config.json alone; reads no weights."""
-  m = settings.model
-  file = _model_folder(settings) / models.huggingface.CONFIG
-  _, config = families.read_config(file)
-  if settings.data.sequence_length > config.max_length:
-    raise errors.ConfigError(
-      f"data.sequence_length: got {settings.data.sequence_length}, but the "
-      f"model's longest is {config.max_length}"
-    )
-  return models.decoder(
-    dataclasses.replace(
-      config,
-      dtype=m.dtype,
-      param_dtype=m.dtype,
-      scan_layers=m.scan_layers,
-      remat=m.remat,
-    )
-  )
-
-
-def _adapter(settings: Settings, model: models.Model) -> adapters.Adapter:
-  a = settings.adapter
-  if a.kind == "full":
-    return adapters.full(model)
-  if a.kind == "head":
-    return adapters.head(model)
-  try:
-    return adapters.lora(model, rank=a.rank, alpha=a.alpha, targets=a.targets)
-  except errors.ConfigError as e:
-    raise errors.ConfigError(f"adapter.{e}") from None

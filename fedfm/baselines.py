@@ -1,10 +1,12 @@
 """What federation is measured against: training alone, and on pooled data.
 
 Both start from the experiment's initial trainable and use its client optimizer
-and batch size; `client.schedule` runs over their steps instead of rounds.
+and batch size; `client.schedule` runs over their steps instead of rounds, and
+their learning rate may be their own, as what is best for one is not for all.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -25,8 +27,10 @@ from fedfm import (
   trees,
 )
 from fedfm.assembly import Experiment
+from fedfm.clients import deterministic
 from fedfm.data import packing, sampling
-from fedfm.types import Aggregator
+from fedfm.settings import ClientSettings
+from fedfm.types import Aggregator, LossFn
 
 PyTree = Any
 _LOG = logging.getLogger("fedfm")
@@ -39,7 +43,11 @@ _KEEP_ALL = Aggregator(
 
 
 def local_only(
-  experiment: Experiment, ids: Sequence[str], local_steps: int
+  experiment: Experiment,
+  ids: Sequence[str],
+  local_steps: int,
+  learning_rate: float | None = None,
+  start: tuple[PyTree, PyTree] | None = None,
 ) -> PyTree:
   """Trains every client alone, on its own data, all in one cohort.
 
@@ -47,6 +55,9 @@ def local_only(
     experiment: Gives the data, the loss and the client settings.
     ids: Clients of `experiment.data.train`.
     local_steps: Steps of each client, over as many epochs as they take.
+    learning_rate: Default the clients' in the federation.
+    start: The trainable that all start from, and its base; default the
+      experiment's own.
 
   Returns:
     The clients' trainables stacked, leaves [len(ids), ...]. A client that
@@ -56,7 +67,7 @@ def local_only(
     ConfigError: `local_steps` below 1.
     DataError: No client, or one that is unknown or repeated.
   """
-  optimizer = _optimizer(experiment, "local_steps", local_steps)
+  _check_steps("local_steps", local_steps)
   s, source = experiment.settings, experiment.data.train
   source = data.subset(source, ids)
   options = planning.pack_options(s) | {"epochs": 1, "local_steps": None}
@@ -73,29 +84,51 @@ def local_only(
     process_count=jax.process_count(),
     **options,
   )
-  update = clients.local_update(experiment.loss, optimizer)
+  run = _train_alone(
+    experiment.train_loss,
+    _at_rate(s.client, learning_rate),
+    local_steps,
+    s.seed,
+    experiment.mesh,
+    s.deterministic,
+  )
+  trainable, base = start or (experiment.trainable, experiment.base)
+  with jax.set_mesh(experiment.mesh):
+    stacked, nonfinite = run(
+      trainable, base, clients.put(packed, experiment.mesh)
+    )
+  if nonfinite:
+    _LOG.warning("local only: %d clients were not finite", int(nonfinite))
+  return jax.tree.map(lambda x: x[: len(ids)], stacked)
+
+
+@functools.lru_cache(maxsize=4)  # So that one run compiles it once.
+def _train_alone(
+  loss: LossFn,
+  settings: ClientSettings,
+  local_steps: int,
+  seed: int,
+  mesh: Mesh,
+  is_deterministic: bool,
+) -> Any:
+  """Jitted `(trainable, base, cohort) -> (trainables, number not finite)`."""
+  optimizer = _optimizer(settings, local_steps)
+  update = clients.local_update(loss, optimizer)
 
   def run(trainable, base, cohort):
-    key, first = jax.random.key(s.seed), np.int32(0)
+    key, first = jax.random.key(seed), np.int32(0)
     result = clients.run_cohort(
       update, _KEEP_ALL, (), trainable, base, cohort, (), key, first
     )
     deltas, _ = _KEEP_ALL.finish((), result.collected)
-    deltas = jax.tree.map(lambda x: x[: len(ids)], deltas)
     return trees.add(trainable, deltas), result.nonfinite.sum()
 
-  with jax.set_mesh(experiment.mesh):
-    stacked, nonfinite = jax.jit(run, out_shardings=_everywhere(experiment))(
-      experiment.trainable,
-      experiment.base,
-      clients.put(packed, experiment.mesh),
-    )
-  if nonfinite:
-    _LOG.warning("local only: %d clients were not finite", int(nonfinite))
-  return stacked
+  return deterministic.jit_cohort(run, mesh, is_deterministic)
 
 
-def centralized(experiment: Experiment, num_steps: int) -> PyTree:
+def centralized(
+  experiment: Experiment, num_steps: int, learning_rate: float | None = None
+) -> PyTree:
   """Trains one model on the pooled data of all training clients.
 
   All devices share each batch, as nothing is to be gained from lanes here.
@@ -104,6 +137,7 @@ def centralized(experiment: Experiment, num_steps: int) -> PyTree:
     experiment: Gives the data, the loss and the client settings. All rows are
       held in host memory.
     num_steps: Steps of `client.batch_size` rows, shuffled anew every epoch.
+    learning_rate: Default the clients' in the federation.
 
   Returns:
     The trainable.
@@ -111,11 +145,12 @@ def centralized(experiment: Experiment, num_steps: int) -> PyTree:
   Raises:
     ConfigError: `num_steps` below 1.
   """
-  optimizer = _optimizer(experiment, "num_steps", num_steps)
+  _check_steps("num_steps", num_steps)
   s, source = experiment.settings, experiment.data.train
+  optimizer = _optimizer(_at_rate(s.client, learning_rate), num_steps)
   read = [source.read(client_id) for client_id in source.ids]
   pool = {name: np.concatenate([x[name] for x in read]) for name in read[0]}
-  grad_fn = jax.grad(experiment.loss, has_aux=True)
+  grad_fn = jax.grad(experiment.train_loss, has_aux=True)
 
   @jax.jit(donate_argnums=(0, 1))
   def step(trainable, state, base, batch, index):
@@ -142,7 +177,10 @@ def centralized(experiment: Experiment, num_steps: int) -> PyTree:
 
 
 def evaluate_each(
-  experiment: Experiment, ids: Sequence[str], stacked: PyTree
+  experiment: Experiment,
+  ids: Sequence[str],
+  stacked: PyTree,
+  populations: Sequence[str] | None = None,
 ) -> dict[str, float]:
   """Evaluates clients that trained alone.
 
@@ -150,6 +188,7 @@ def evaluate_each(
     experiment: Gives the populations to evaluate on.
     ids: The clients.
     stacked: Their trainables, leaves [len(ids), ...], as of `local_only`.
+    populations: Which of the experiment's; default all.
 
   Returns:
     {"eval/<population>/<metric>": value over clients}, as
@@ -158,18 +197,18 @@ def evaluate_each(
     client of another population gets the mean over all the trainables.
   """
   metrics, row = {}, {client_id: i for i, client_id in enumerate(ids)}
-  run_own = jax.jit(
-    functools.partial(evaluation.evaluate_own, experiment.loss),
-    out_shardings=_everywhere(experiment),
-  )
   for population, source in experiment.data.evals.items():
+    if populations is not None and population not in populations:
+      continue
     own = [client_id for client_id in source.ids if client_id in row]
     cohort = experiment.pack_to_evaluate(data.subset(source, own or source.ids))
     with jax.set_mesh(experiment.mesh):
       if own:
         rows = np.array([row[client_id] for client_id in own])
         mine = jax.tree.map(lambda x, rows=rows: x[rows], stacked)
-        sums = jax.device_get(run_own(mine, experiment.base, cohort))
+        sums = jax.device_get(
+          experiment.run_own_evaluation(mine, experiment.base, cohort)
+        )
       else:
         each = []
         for i in range(len(ids)):
@@ -177,21 +216,29 @@ def evaluate_each(
           sums = experiment.run_evaluation(one, experiment.base, cohort)
           each.append(jax.device_get(sums))
         sums = jax.tree.map(lambda *x: np.mean(x, axis=0), *each)
-    in_bytes = experiment.tokenizer.name == "bytes"
-    summary = evaluation.summarise(sums, in_bytes)
+    summary = evaluation.summarise(sums)
     metrics |= {f"eval/{population}/{k}": v for k, v in summary.items()}
   return metrics
 
 
-def _optimizer(
-  experiment: Experiment, name: str, steps: int
-) -> optax.GradientTransformation:
-  """The client optimizer, its schedule over `steps` (checked under `name`)."""
+def _check_steps(name: str, steps: int) -> None:
   if steps < 1:
     raise errors.ConfigError(f"{name}: got {steps}, expected at least 1")
-  c = experiment.settings.client
-  rate = choices.schedule(c.schedule, c.learning_rate, steps)
-  return choices.local_optimizer(c, rate)
+
+
+def _at_rate(settings: ClientSettings, rate: float | None) -> ClientSettings:
+  """Client settings at another learning rate, or at their own."""
+  if rate is None:
+    return settings
+  return dataclasses.replace(settings, learning_rate=rate)
+
+
+def _optimizer(
+  settings: ClientSettings, steps: int
+) -> optax.GradientTransformation:
+  """The client optimizer, its schedule over `steps`."""
+  rate = choices.schedule(settings.schedule, settings.learning_rate, steps)
+  return choices.local_optimizer(settings, rate)
 
 
 def _without_lanes(mesh: Mesh, batch_size: int) -> Mesh:

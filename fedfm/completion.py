@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from fedfm import errors
+from fedfm.data import instructions
+from fedfm.data.prompt_formats import PromptFormat
 from fedfm.data.tokenizers import Tokenizer
 from fedfm.models import generation
 from fedfm.models.model import Model
@@ -23,6 +25,7 @@ def generate_text(
   max_new_tokens: int,
   seed: int = 0,
   apply: Callable[..., Any] | None = None,
+  prompt_format: PromptFormat | None = None,
   **sampling: Any,
 ) -> str:
   """Continues a text.
@@ -36,6 +39,7 @@ def generate_text(
     seed: Of the sampling, in [0, 2**32).
     apply: Default `model.apply`; with an adapter, `adapter.apply` and
       `params = (base, trainable)`.
+    prompt_format: How the prompt is written for the model; default as it is.
     **sampling: `temperature`, `top_k` and `top_p` of `generation.generate`.
 
   Returns:
@@ -53,7 +57,7 @@ def generate_text(
       f"model: vocabulary of {model.config.vocab_size} is smaller than "
       f"the tokenizer's {tokenizer.vocab_size}"
     )
-  tokens = np.asarray([tokenizer.bos, *tokenizer.encode(prompt)])
+  tokens = prompt_tokens(tokenizer, prompt, prompt_format)
   longest = model.config.max_length
   if len(tokens) + max_new_tokens > longest:
     raise errors.ConfigError(
@@ -71,4 +75,30 @@ def generate_text(
     **sampling,
   )
   length = int(generated.lengths[0])
-  return tokenizer.decode(np.asarray(generated.tokens[0, :length]))
+  added = np.asarray(generated.tokens[0, :length])
+  # Decoded as one text: a piece may be written otherwise at its start.
+  before, text = (
+    tokenizer.decode(x) for x in (tokens, np.concatenate([tokens, added]))
+  )
+  whole = text.startswith(before)
+  return text.removeprefix(before) if whole else tokenizer.decode(added)
+
+
+def prompt_tokens(
+  tokenizer: Tokenizer, prompt: str, prompt_format: PromptFormat | None = None
+) -> np.ndarray:
+  """Encodes a prompt, as it is or as a format writes it.
+
+  Args:
+    tokenizer: What encodes.
+    prompt: The text.
+    prompt_format: How to write it, or None.
+
+  Returns:
+    int32 [tokens], a start token first.
+  """
+  if prompt_format is None:
+    return np.asarray([tokenizer.bos, *tokenizer.encode(prompt)], np.int32)
+  # What is before a response does not depend on it.
+  before, _ = prompt_format.render(prompt, "", "response")
+  return instructions.encode_prompt(tokenizer, prompt_format, before)

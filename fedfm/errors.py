@@ -3,12 +3,23 @@
 Every message is one line: what, where, got, expected.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import difflib
 
 
 class FedFMError(ValueError):
   """A mistake in what the user gave; the message is for the user."""
+
+  exit_code = 2  # Of a script that ends with it.
+
+  def __init__(self, message: object):
+    """Keeps to one line, whatever the names in it hold.
+
+    Args:
+      message: What, where, got, expected.
+    """
+    super().__init__(" ".join(str(message).splitlines()))
 
 
 class ConfigError(FedFMError):
@@ -23,8 +34,50 @@ class CheckpointError(FedFMError):
   """Weights or a run's folder cannot be read, written or trusted."""
 
 
+class SaveError(CheckpointError):
+  """A running job cannot write any more: a full disk, a limit, a lost mount."""
+
+  exit_code = 3
+
+
+class DivergedError(FedFMError):
+  """The training loss is not finite or jumped, and the run was to stop then."""
+
+  exit_code = 4
+
+
 class PrivacyError(FedFMError):
   """A privacy parameter is invalid or does not match the sampler."""
+
+
+@contextlib.contextmanager
+def at(
+  field: str,
+  value: object,
+  kinds: tuple[type[FedFMError], ...] = (CheckpointError, DataError),
+) -> Iterator[None]:
+  """Names the config's field in errors about the file that it names.
+
+  Args:
+    field: Its dotted name.
+    value: Its value, which the message gets where it lacks it.
+    kinds: Which errors.
+
+  Yields:
+    Nothing.
+
+  Examples:
+    >>> with at("model.path", "llama"):
+    ...   raise DataError("no tokenizer")
+    Traceback (most recent call last):
+    ...
+    fedfm.errors.DataError: model.path: llama: no tokenizer
+  """
+  try:
+    yield
+  except kinds as e:
+    where = "" if str(value) in str(e) else f"{value}: "
+    raise type(e)(f"{field}: {where}{e}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

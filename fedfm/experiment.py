@@ -6,19 +6,33 @@ Usable from a notebook, without flags:
   summary = experiment.train({"rounds": 4}, "/tmp/fedfm/run")
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import ml_collections
 
-from fedfm import assembly, checkpoint, errors, prefetch, run_folder
+from fedfm import (
+  assembly,
+  checkpoint,
+  errors,
+  goodput,
+  hosting,
+  interruption,
+  processes,
+  protection,
+  recording,
+  rounds,
+  run_folder,
+  run_log,
+)
 from fedfm import metrics as metrics_lib
 from fedfm import settings as settings_lib
 from fedfm.assembly import Experiment
@@ -28,12 +42,13 @@ from fedfm.types import ServerState
 Config = ml_collections.ConfigDict | Mapping[str, Any] | Settings
 # What may differ when a run is continued: none of it changes what was done.
 _MAY_CHANGE = (
-  "lanes",
   "mesh.clients",
   "mesh.fsdp",
   "mesh.tensor",
-  "checkpoint.every",
-  "checkpoint.keep_last",
+  "rounds_per_dispatch",
+  "data.resident",
+  "checkpoint",
+  "safety",
 )
 _LOG = logging.getLogger("fedfm")
 
@@ -58,7 +73,9 @@ def build(config: Config) -> Experiment:
 
 
 def open_run(
-  workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None
+  workdir: str | os.PathLike,
+  changes: Mapping[str, Any] | None = None,
+  round: int | None = None,
 ) -> tuple[Experiment, ServerState]:
   """Opens a run to evaluate it or to generate from it; changes nothing in it.
 
@@ -66,12 +83,14 @@ def open_run(
     workdir: A run's folder.
     changes: Fields that differ from the run's, nested, such as
       `{"eval": {"max_examples": 0}}` or another mesh.
+    round: Whose checkpoint to take; default the newest that is intact.
 
   Returns:
-    The experiment, and its state at the newest intact checkpoint.
+    The experiment, and its state.
 
   Raises:
-    CheckpointError: The folder holds no run, or no checkpoint.
+    CheckpointError: The folder holds no run, or no such checkpoint, or the base
+      is not the one that the run was started from.
     ConfigError: A bad change.
   """
   folder = pathlib.Path(workdir)
@@ -81,15 +100,20 @@ def open_run(
     )
   config = run_folder.read_json(folder / "config.json")
   experiment = build(_merge(config, changes or {}))
+  experiment = hosting.open_store(experiment, folder, read_only=True)
   with checkpoint.Checkpointer(
     folder / "checkpoints", read_only=True
   ) as checkpointer:
     target = checkpoint.abstract(experiment.initial_state())
-    restored = checkpointer.restore(target)
-  if restored is None:
-    raise errors.CheckpointError(
-      f"workdir: {folder} holds no intact checkpoint"
-    )
+    check = functools.partial(hosting.check, experiment)
+    restored = checkpointer.restore(target, round, check=check)
+    if restored is None:
+      raise errors.CheckpointError(
+        f"workdir: {folder} holds no intact checkpoint"
+      )
+    if "model" not in (changes or {}):
+      manifest = checkpointer.manifest(restored[0])
+      recording.check_base(folder, manifest, experiment)
   return experiment, restored[1]
 
 
@@ -100,77 +124,130 @@ def _merge(config: Any, changes: Any) -> Any:
   return {**config, **merged}
 
 
-def train(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
+def train(
+  config: Config,
+  workdir: str | os.PathLike,
+  profile_round: int | None = None,
+) -> dict[str, Any]:
   """Trains, or goes on where the run in this folder stopped.
 
-  Writes config.json, metrics.jsonl, TensorBoard events, checkpoints and
-  summary.json. A resumed run ends with the bits of an uninterrupted one.
+  Writes config.json, metrics.jsonl, TensorBoard events, checkpoints, log.txt
+  and summary.json. A resumed run ends with the bits of an uninterrupted one.
 
   Args:
     config: The run's config.
     workdir: Its folder, new or with an earlier part of the same run.
+    profile_round: A round to trace with `jax.profiler`, from 1; its profile is
+      in the folder, `profile/round_<N>`.
 
   Returns:
-    The summary: {"rounds", "base", "final", "time", ...}.
+    The summary: {"rounds", "base", "final", "time/...", ...}.
 
   Raises:
     ConfigError: A bad field, or a folder that holds another run.
     DataError: Bad data.
     CheckpointError: Bad weights, or a folder that cannot be written.
+    SaveError: The disk was full, for example; what was saved is whole.
+    DivergedError: The loss went wrong, where `safety` says to stop then.
+    Stopped: SIGTERM or Ctrl-C; the state is saved.
   """
+  began = time.perf_counter()
   settings = as_settings(config)
-  _check_folder(settings, pathlib.Path(workdir))  # Before anything is built.
-  return run(build(settings), workdir)[0]
+  with _claimed(settings, pathlib.Path(workdir), profile_round) as folder:
+    return _run(build(settings), folder, began, profile_round)[0]
 
 
 def run(
-  experiment: Experiment, workdir: str | os.PathLike
+  experiment: Experiment,
+  workdir: str | os.PathLike,
+  profile_round: int | None = None,
 ) -> tuple[dict[str, Any], ServerState]:
   """Runs an experiment that is built; see `train`.
 
   Args:
     experiment: From `build`.
     workdir: Its folder, new or with an earlier part of the same run.
+    profile_round: As in `train`.
 
   Returns:
     The summary, and the last state.
 
   Raises:
-    ConfigError: A folder that holds another run.
-    CheckpointError: A folder that cannot be written.
+    FedFMError: As `train`.
   """
-  settings, folder = experiment.settings, pathlib.Path(workdir)
-  may_change = _check_folder(settings, folder)
+  began = time.perf_counter()
+  settings = experiment.settings
+  with _claimed(settings, pathlib.Path(workdir), profile_round) as folder:
+    return _run(experiment, folder, began, profile_round)
+
+
+@contextlib.contextmanager
+def _claimed(
+  settings: Settings, workdir: pathlib.Path, profile_round: int | None
+) -> Iterator[run_folder.RunFolder]:
+  """Makes the folder this run's until the end, or refuses it in all processes.
+
+  Before anything is built: a refused run leaves no trace.
+  """
+  config = settings_lib.to_dict(settings)
+  claim = run_folder.RunFolder(workdir, config)
+  error: errors.FedFMError | None = None
   with contextlib.ExitStack() as stack:
-    stack.enter_context(jax.set_mesh(experiment.mesh))
-    if jax.process_index() == 0:
-      stack.enter_context(
-        run_folder.claim(
-          folder, settings_lib.to_dict(settings), may_change=may_change
+    try:
+      may_change = _check_folder(settings, workdir, profile_round)
+      if jax.process_index() == 0:
+        claim = stack.enter_context(
+          run_folder.claim(workdir, config, may_change=may_change)
         )
-      )
-    _wait_for_all("claimed")
-    checkpointer = stack.enter_context(
-      checkpoint.Checkpointer(
-        folder / "checkpoints", keep_last=settings.checkpoint.keep_last
-      )
-    )
-    state = _train(experiment, folder, checkpointer)
-  return run_folder.read_json(folder / "summary.json"), state
+    except errors.FedFMError as e:
+      error = e
+    fields = {path: settings_lib.get(settings, path) for path in _paths()}
+    processes.agree(error, fields)
+    yield claim
 
 
-def _check_folder(settings: Settings, workdir: pathlib.Path) -> tuple[str, ...]:
+def _paths() -> list[str]:
+  """Returns the dotted name of every field."""
+  return _paths_of(Settings, "")
+
+
+def _paths_of(group: Any, prefix: str) -> list[str]:
+  paths = []
+  for field in dataclasses.fields(group):
+    path = f"{prefix}{field.name}"
+    if dataclasses.is_dataclass(field.default):
+      paths += _paths_of(field.default, f"{path}.")
+    else:
+      paths.append(path)
+  return paths
+
+
+def _check_folder(
+  settings: Settings, workdir: pathlib.Path, profile_round: int | None
+) -> tuple[str, ...]:
   """Refuses a folder of something else; returns the fields that may change."""
+  if profile_round is not None and not 1 <= profile_round <= settings.rounds:
+    raise errors.ConfigError(
+      f"profile_round: got {profile_round}, expected 1 to rounds = "
+      f"{settings.rounds}"
+    )
   may_change = _MAY_CHANGE
   # A schedule that falls to 0 over the rounds makes them part of what was done.
-  if settings.client.schedule == settings.server.schedule == "constant":
-    may_change = (*_MAY_CHANGE, "rounds")
+  # So does noise that was chosen for their number.
+  constant = settings.client.schedule == settings.server.schedule == "constant"
+  if constant and settings.privacy.epsilon is None:
+    may_change = (*may_change, "rounds")
+  if not settings.deterministic:
+    may_change = (*may_change, "lanes")
   config = settings_lib.to_dict(settings)
   run_folder.check(workdir, config, may_change=may_change)
   folder = workdir / "checkpoints"
-  if folder.is_dir():
+  if folder.exists():
     with checkpoint.Checkpointer(folder, read_only=True) as checkpointer:
       done = checkpointer.latest() or 0
+      if checkpointer.all_rounds():
+        with contextlib.suppress(checkpoint.DamagedError):  # Told on restoring.
+          checkpointer.manifest(done)
     if done > settings.rounds:
       raise errors.ConfigError(
         f"rounds: got {settings.rounds}, but the run in {workdir} has done "
@@ -179,126 +256,73 @@ def _check_folder(settings: Settings, workdir: pathlib.Path) -> tuple[str, ...]:
   return may_change
 
 
-def _wait_for_all(name: str) -> None:
-  """Waits until every process is here; a no-op with one."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
-
-
-def _train(
+def _run(
   experiment: Experiment,
-  folder: pathlib.Path,
-  checkpointer: checkpoint.Checkpointer,
-) -> ServerState:
+  claim: run_folder.RunFolder,
+  began: float,
+  profile_round: int | None,
+) -> tuple[dict[str, Any], ServerState]:
   """Restores what there is, runs the rounds that are left, writes a summary."""
-  s = experiment.settings
-  state = experiment.initial_state()
-  restored = checkpointer.restore(checkpoint.abstract(state))
-  first = 0
-  _LOG.info("%d lanes", experiment.num_lanes)
-  if restored is not None:
-    first, state, _ = restored
-    _LOG.info("resuming at round %d", first)
+  s, folder = experiment.settings, claim.path
+  first_process = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
-    log = _Log(None, None)
-    if jax.process_index() == 0:
-      log = _Log(
-        stack.enter_context(
-          metrics_lib.MetricsWriter(
-            folder, resume_round=None if restored is None else first
-          )
-        ),
-        stack.enter_context(
-          contextlib.closing(metrics_lib.Progress(s.rounds, first))
-        ),
-      )
-    if restored is None:
-      log.write({"round": 0, **_evaluate(experiment, state)})
-      checkpointer.save(0, state)
-    state = _rounds(experiment, state, first, checkpointer, log)
-  checkpointer.wait()
-  if jax.process_index() == 0:
-    run_folder.write_json(folder / "summary.json", _summary(folder, s))
-  _wait_for_all("summary")
-  return state
-
-
-class _Log(NamedTuple):
-  """Where process 0 reports; the others say nothing."""
-
-  writer: metrics_lib.MetricsWriter | None
-  progress: metrics_lib.Progress | None
-
-  def write(self, line: dict[str, Any]) -> None:
-    if self.writer is not None:
-      self.writer.write(line)
-
-  def update(self, done: int, **values: float) -> None:
-    if self.progress is not None:
-      self.progress.update(done, **values)
-
-
-def _rounds(experiment, state, first, checkpointer, log) -> ServerState:
-  """Runs rounds [first, settings.rounds) and returns the last state."""
-  s, base = experiment.settings, experiment.base
-  up, down = experiment.algorithm.bytes_per_client(state)
-  began = time.perf_counter()
-  for index, cohort in prefetch.prefetch(experiment.cohort, first, s.rounds):
-    waited = time.perf_counter() - began
-    state, metrics = experiment.run_round(state, base, cohort)
-    # One dispatch at a time: virtual CPU devices deadlock with more queued.
-    metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
-    seconds = time.perf_counter() - began
-    done = index + 1
-    participants = int(metrics["clients/participating"])
-    line = {
-      "round": done,
-      **metrics,
-      "comm/bytes_up": participants * up,
-      "comm/bytes_down": participants * down,
-      "time/round_seconds": seconds,
-      "time/data_wait_seconds": waited,
-      "time/tokens_per_second": metrics["train/count"] / seconds,
-    }
-    last = done == s.rounds
-    if last or done % s.eval.every == 0:
-      line |= _evaluate(experiment, state)
-    log.write(line)
-    if last or done % s.checkpoint.every == 0:
-      checkpointer.save(done, state)
-    log.update(
-      done,
-      loss=metrics["train/loss"],
-      tokens_per_second=line["time/tokens_per_second"],
+    enter = stack.enter_context
+    enter(jax.set_mesh(experiment.mesh))
+    clock = enter(goodput.Clock(began))
+    log = None
+    if first_process:
+      if not claim.resumed:
+        claim.commit()
+      log = enter(run_log.RunLog(folder))
+      log.say(recording.describe(experiment))
+      if experiment.accounting is not None:
+        log.say(protection.describe(s, experiment.accounting))
+    processes.wait_for_all("claimed")
+    checkpointer = enter(recording.open_checkpoints(experiment, folder))
+    # Clients' states on the host can go back to any checkpoint that is kept.
+    experiment = hosting.open_store(
+      experiment,
+      folder,
+      may_create=not checkpointer.latest(),
+      oldest=lambda: min(checkpointer.all_rounds(), default=0),
     )
-    if metrics["clients/nonfinite"]:
-      _LOG.warning(
-        "round %d: %d clients were not finite and left out",
-        done,
-        int(metrics["clients/nonfinite"]),
+    state = experiment.initial_state()
+    restored = checkpointer.restore(
+      checkpoint.abstract(state),
+      check=functools.partial(hosting.check, experiment),
+    )
+    first, extra = 0, {}
+    if restored is not None:
+      first, state, extra = restored
+      manifest = checkpointer.manifest(first)
+      recording.check_base(folder, manifest, experiment)
+      recording.warn_of_versions(manifest)
+    hosting.take_back(experiment, state)
+    if first_process:
+      claim.commit()
+    reports = run_log.Reports()
+    if first_process:
+      writer = metrics_lib.MetricsWriter(
+        folder, resume_round=None if restored is None else first
       )
-    began = time.perf_counter()
-  return state
-
-
-def _evaluate(experiment: Experiment, state: ServerState) -> dict[str, float]:
-  base = experiment.algorithm.effective_base(state, experiment.base)
-  return experiment.evaluate(state.trainable, base)
-
-
-def _summary(folder: pathlib.Path, settings: Settings) -> dict[str, Any]:
-  """Derives the summary from the metrics file, which resuming keeps whole."""
-  lines = metrics_lib.read(folder)
-  evaluated = [
-    {k: v for k, v in line.items() if k.startswith("eval/")} for line in lines
-  ]
-  evaluated = [e for e in evaluated if e]
-  return {
-    "rounds": lines[-1]["round"],
-    "algorithm": settings.algorithm,
-    "base": evaluated[0] if evaluated else {},
-    "final": evaluated[-1] if evaluated else {},
-    "comm/bytes_up": sum(line.get("comm/bytes_up", 0) for line in lines),
-    "comm/bytes_down": sum(line.get("comm/bytes_down", 0) for line in lines),
-    "time/seconds": sum(line.get("time/round_seconds", 0) for line in lines),
-  }
+      progress = metrics_lib.Progress(s.rounds, first)
+      enter(contextlib.closing(progress))
+      reports = run_log.Reports(enter(writer), progress, log)
+    if restored is not None:
+      reports.say(f"resuming at round {first}")
+    profile = None
+    if profile_round is not None:
+      profile = profile_round, folder / "profile" / f"round_{profile_round}"
+    training = rounds.Training(
+      experiment, checkpointer, reports, clock, extra, profile
+    )
+    if restored is None:
+      training.begin(state)
+    with interruption.StopRequest() as stop:
+      state = training.run(state, first, stop)
+    if first_process:
+      summary = recording.summary(folder, s)
+      run_folder.write_json(folder / "summary.json", summary)
+      reports.say(recording.say_time(summary))
+    processes.wait_for_all("summary")
+  return run_folder.read_json(folder / "summary.json"), state

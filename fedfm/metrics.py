@@ -5,6 +5,7 @@ will run again, so no round is ever doubled or torn.
 """
 
 from collections.abc import Mapping
+import contextlib
 import json
 import logging
 import math
@@ -43,6 +44,7 @@ class MetricsWriter:
       CheckpointError: The files cannot be written.
     """
     self._path = pathlib.Path(folder) / FILE
+    self._events = None
     last = -1 if resume_round is None else resume_round
     if self._path.exists():
       _drop_after(self._path, last)
@@ -50,15 +52,12 @@ class MetricsWriter:
       self._fd = os.open(
         self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
       )
+      if tensorboard:
+        self._events = _Events(self._path.parent / EVENTS, last + 1)
     except OSError as e:
-      raise _cannot_write(self._path, e.strerror) from e
-    self._events = None
-    if tensorboard:
-      import tensorboardX  # Slow to import, and not every reader needs it.
-
-      self._events = tensorboardX.SummaryWriter(
-        str(self._path.parent / EVENTS), purge_step=last + 1
-      )
+      raise errors.CheckpointError(
+        f"{self._path}: cannot be written: {e.strerror}"
+      ) from e
 
   def __enter__(self) -> Self:
     return self
@@ -70,12 +69,12 @@ class MetricsWriter:
     """Appends one line.
 
     Args:
-      metrics: `round` and any numbers, strings, bools or scalar arrays. NaN and
-        infinity, which JSON does not know, become null.
+      metrics: `round` and any numbers, strings, bools, scalar arrays or lists
+        of strings. NaN and infinity, which JSON does not know, become null.
 
     Raises:
       ValueError: `round` is missing, or a value is not a scalar.
-      CheckpointError: The line could not be written; none of it is kept.
+      SaveError: The line could not be written; none of it is kept.
     """
     if "round" not in metrics:
       raise ValueError("metrics: got no 'round'")
@@ -91,17 +90,71 @@ class MetricsWriter:
       os.ftruncate(self._fd, size)
       raise _cannot_write(self._path, "no space left for a whole line")
     if self._events is not None:
-      for name, value in row.items():
-        if isinstance(value, int | float) and name != "round":
-          self._events.add_scalar(name, value, row["round"])
+      try:
+        self._events.write(row)
+      except OSError as e:
+        raise _cannot_write(self._path.parent / EVENTS, e.strerror) from e
+
+  def sync(self) -> None:
+    """Brings the lines to the disk, before a checkpoint that relies on them.
+
+    Raises:
+      SaveError: The disk did not take them.
+    """
+    try:
+      os.fsync(self._fd)
+    except OSError as e:
+      raise _cannot_write(self._path, e.strerror) from e
 
   def close(self) -> None:
-    """Writes out the events and closes both; closing twice is fine."""
+    """Closes both; closing twice is fine."""
     if self._fd >= 0:
       os.close(self._fd)
       self._fd = -1
       if self._events is not None:
         self._events.close()
+
+
+class _Events:
+  """TensorBoard's events, a record a line.
+
+  Without the thread of tensorboardX's own writer, which dies on a full disk and
+  lets the next lines wait for it for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, purge_step: int):
+    # Slow to import, and not every reader of metrics needs them.
+    from tensorboardX import event_file_writer
+    import tensorboardX.proto.event_pb2
+    import tensorboardX.proto.summary_pb2
+
+    # Generated at import, which no type checker sees.
+    events: Any = tensorboardX.proto.event_pb2
+    summaries: Any = tensorboardX.proto.summary_pb2
+    self._event, self._summary = events.Event, summaries.Summary
+    folder.mkdir(exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(
+      str(folder / "events"), f".{os.getpid()}.{time.monotonic_ns()}"
+    )
+    start = events.SessionLog(status=events.SessionLog.START)
+    # Hides the rounds of an earlier process that are run again.
+    self._record(step=purge_step, session_log=start)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    values = [
+      self._summary.Value(tag=name, simple_value=float(value))
+      for name, value in row.items()
+      if isinstance(value, int | float) and name != "round"
+    ]
+    self._record(step=row["round"], summary=self._summary(value=values))
+
+  def _record(self, **fields: Any) -> None:
+    self._writer.write_event(self._event(wall_time=time.time(), **fields))
+    self._writer.flush()
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):
+      self._writer.close()
 
 
 def read(folder: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -247,6 +300,8 @@ def _scalar(name: str, value: Any) -> Any:
     value = value.item()
   if isinstance(value, float):
     return value if math.isfinite(value) else None
+  if isinstance(value, list) and all(isinstance(x, str) for x in value):
+    return value
   if value is None or isinstance(value, bool | int | str):
     return value
   raise ValueError(f"metrics: {name}: got {type(value).__name__}, not a scalar")
@@ -267,5 +322,5 @@ def _duration(seconds: float) -> str:
   return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
 
 
-def _cannot_write(path, reason) -> errors.CheckpointError:
-  return errors.CheckpointError(f"{path}: cannot be written: {reason}")
+def _cannot_write(path, reason) -> errors.SaveError:
+  return errors.SaveError(f"{path}: cannot be written: {reason}")

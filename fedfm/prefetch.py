@@ -1,6 +1,6 @@
 """Packs the next cohort in a thread while the device runs this one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 import concurrent.futures
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 def prefetch(
   make: Callable[[int], T], first: int, last: int
-) -> Iterator[tuple[int, T]]:
+) -> Generator[tuple[int, T]]:
   """Yields `(i, make(i))` for i in [first, last), made one ahead in a thread.
 
   Args:

@@ -56,13 +56,14 @@ class Panel(NamedTuple):
   """One pair of axes of a plot.
 
   Attributes:
-    series: Label -> (xs, ys) of equal length; None and NaN leave a gap.
+    series: Label -> (xs, ys) of equal length; None and NaN leave a gap. A third
+      sequence is drawn as a band of that half width around ys.
     xlabel: What x is, with its unit.
     ylabel: What y is, with its unit.
     title: Heading, if any.
   """
 
-  series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
+  series: Mapping[str, tuple[Sequence[Any], ...]]
   xlabel: str
   ylabel: str
   title: str = ""
@@ -82,10 +83,16 @@ def plot_lines(path: str | os.PathLike, *panels: Panel) -> None:
   )
   for index, panel in enumerate(panels):
     axes = canvas.add_subplot(1, len(panels), index + 1)
-    for label, (xs, ys) in panel.series.items():
+    for number, (label, (xs, ys, *band)) in enumerate(panel.series.items()):
       marker = "o" if len(xs) < 20 else None
+      dashes = ("-", "--", ":")[number // 10 % 3]  # There are ten colours.
       values = np.asarray(ys, dtype=float)
-      axes.plot(xs, values, label=label, marker=marker, ms=3)
+      (line,) = axes.plot(xs, values, dashes, label=label, marker=marker, ms=3)
+      if band:
+        width = np.asarray(band[0], dtype=float)
+        axes.fill_between(
+          xs, values - width, values + width, color=line.get_color(), alpha=0.2
+        )
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -114,6 +121,33 @@ def percentiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return dict.fromkeys(("mean", "p10", "p90"), float("nan"))
   p10, p90 = np.percentile(x, [10, 90])
   return {"mean": float(x.mean()), "p10": float(p10), "p90": float(p90)}
+
+
+def forgetting(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Says how much of its best a run has lost on each population.
+
+  Args:
+    lines: Metrics of the rounds, some with `eval/<population>/loss`.
+
+  Returns:
+    {"forgetting/<population>": last loss minus the least of all rounds, nats};
+    0 where the last is the best (arXiv 1801.10112, with loss for accuracy).
+
+  Examples:
+    >>> forgetting([{"eval/a/loss": x} for x in (3.0, 2.0, 2.5)])
+    {'forgetting/a': 0.5}
+  """
+  losses: dict[str, list[float]] = {}
+  for line in lines:
+    for name, value in line.items():
+      if name.startswith("eval/") and name.endswith("/loss"):
+        population = name.removeprefix("eval/").removesuffix("/loss")
+        losses.setdefault(population, []).append(value)
+  return {
+    f"forgetting/{population}": values[-1] - min(values)
+    for population, values in losses.items()
+    if None not in values
+  }
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,7 @@
 """A run's folder: one writer at a time, one config, files written whole."""
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import datetime
 import fcntl
 import json
@@ -18,20 +19,27 @@ _MISSING = object()
 
 
 class RunFolder:
-  """A claimed folder; `close` (or leaving `with`) lets others claim it."""
+  """A claimed folder; `close` (or leaving `with`) lets others claim it.
 
-  def __init__(self, path: pathlib.Path, lock: int, resumed: bool):
+  Until `commit` the folder is as it was, but for the lock, and closing leaves
+  no trace: a run that is refused later changes nothing.
+  """
+
+  def __init__(self, path: pathlib.Path, config: dict[str, Any]):
     """Made by `claim`.
 
     Args:
       path: The folder.
-      lock: The open lock file's descriptor.
-      resumed: Whether the folder held this run already.
+      config: What `commit` stores.
     """
     self.path = path
-    self.checkpoints = path / "checkpoints"
-    self.resumed = resumed
-    self._lock = lock
+    self.resumed = False
+    self._config = config
+    self._rewrite = False
+    self._committed = False
+    self._made: list[pathlib.Path] = []  # Folders, the outermost first.
+    self._lock = -1
+    self._old_owner: bytes | None = None  # Of a lock file that was there.
 
   def __enter__(self) -> Self:
     return self
@@ -39,13 +47,48 @@ class RunFolder:
   def __exit__(self, *_) -> None:
     self.close()
 
+  def commit(self) -> None:
+    """Makes the folder a run's, or its config the new one.
+
+    Raises:
+      SaveError: The config cannot be written.
+    """
+    if self._rewrite:
+      write_json(self.path / CONFIG, self._config)
+    self._rewrite, self._committed = False, True
+
   def close(self) -> None:
     """Releases the lock; closing twice is fine."""
-    if self._lock >= 0:
-      # The file stays: unlinking it would let two claims lock two files.
-      os.ftruncate(self._lock, 0)
-      os.close(self._lock)
-      self._lock = -1
+    if self._lock < 0:
+      return
+    owner = b"" if self._committed else (self._old_owner or b"")
+    _write_owner(self._lock, owner)
+    if not self._committed and self._old_owner is None:
+      # Still locked: who waits for this file finds that it is gone.
+      (self.path / LOCK).unlink(missing_ok=True)
+    os.close(self._lock)
+    self._lock = -1
+    if not self._committed:
+      self._remove_made()
+
+  def _open(self, may_change: Sequence[str]) -> None:
+    for folder in reversed([self.path, *self.path.parents]):
+      if not folder.exists():
+        folder.mkdir(exist_ok=True)
+        self._made.append(folder)
+    _check_is_run(self.path)
+    self._lock, self._old_owner = _lock(self.path)
+    file = self.path / CONFIG
+    self.resumed = file.exists()
+    if self.resumed:
+      self._rewrite = bool(_differing(file, self._config, may_change))
+    else:
+      self._rewrite = True
+
+  def _remove_made(self) -> None:
+    for folder in reversed(self._made):
+      with contextlib.suppress(OSError):  # Something else is there by now.
+        folder.rmdir()
 
 
 def claim(
@@ -54,14 +97,14 @@ def claim(
   *,
   may_change: Sequence[str] = ("rounds",),
 ) -> RunFolder:
-  """Makes a folder this process's own, and writes or compares its config.
+  """Makes a folder this process's own, and compares its config.
 
   The lock is the operating system's (`flock`), so it ends with the process,
   however that ends. Of several processes of one run only the first claims.
 
   Args:
     workdir: The run's folder; created if missing.
-    config: JSON data, stored as `config.json`.
+    config: JSON data, stored as `config.json` by `commit`.
     may_change: Dotted fields (with all below them) that may differ from the
       stored config, which is then rewritten.
 
@@ -74,22 +117,18 @@ def claim(
     CheckpointError: `workdir` is a file, cannot be written, holds something
       other than a run, or is being written by a live process.
   """
-  path = pathlib.Path(workdir).absolute()
+  run = RunFolder(pathlib.Path(workdir).absolute(), config)
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    _check_is_run(path)
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-  except OSError as e:
-    raise errors.CheckpointError(
-      f"workdir: {path} cannot be written: {e.strerror}"
-    ) from e
-  try:
-    _lock(lock, path)
-    resumed = _settle_config(path / CONFIG, config, may_change)
-  except BaseException:
-    os.close(lock)
+    run._open(may_change)
+  except BaseException as e:
+    run.close()
+    run._remove_made()
+    if isinstance(e, OSError):
+      raise errors.CheckpointError(
+        f"workdir: {run.path} cannot be written: {e.strerror}"
+      ) from e
     raise
-  return RunFolder(path, lock, resumed)
+  return run
 
 
 def check(
@@ -136,7 +175,8 @@ def write_json(path: str | pathlib.Path, obj: Any) -> None:
     obj: JSON data, without NaN and infinity.
 
   Raises:
-    CheckpointError: It is not JSON, or the file cannot be written.
+    CheckpointError: It is not JSON.
+    SaveError: The file cannot be written.
   """
   try:
     text = json.dumps(obj, indent=2, allow_nan=False)
@@ -153,7 +193,7 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     text: Its new content.
 
   Raises:
-    CheckpointError: The file cannot be written.
+    SaveError: The file cannot be written.
   """
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + _TEMPORARY)
@@ -164,9 +204,9 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
       os.fsync(f.fileno())
     os.replace(temporary, path)
   except OSError as e:
-    raise errors.CheckpointError(
-      f"{path}: cannot be written: {e.strerror}"
-    ) from e
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise errors.SaveError(f"{path}: cannot be written: {e.strerror}") from e
 
 
 def read_json(path: str | pathlib.Path) -> Any:
@@ -200,32 +240,47 @@ def _check_is_run(path: pathlib.Path) -> None:
     )
 
 
-def _lock(lock: int, path: pathlib.Path) -> None:
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as e:
-    owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
-    raise errors.CheckpointError(
-      f"workdir: {path} is being written by {owner or 'another process'}"
-    ) from e
-  except OSError as e:
-    raise errors.CheckpointError(
-      f"workdir: {path} cannot be locked: {e.strerror}"
-    ) from e
+def _lock(path: pathlib.Path) -> tuple[int, bytes | None]:
+  """Returns the locked file, and what it held; None for a new file."""
+  file = path / LOCK
+  while True:
+    existed = file.exists()
+    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      old = os.pread(lock, 200, 0)
+      if _is_at(lock, file):
+        break
+      os.close(lock)  # Its owner was refused and took the file along.
+    except BlockingIOError as e:
+      owner = os.pread(lock, 200, 0).decode(errors="replace").strip()
+      os.close(lock)
+      raise errors.CheckpointError(
+        f"workdir: {path} is being written by {owner or 'another process'}"
+      ) from e
+    except OSError as e:
+      os.close(lock)
+      raise errors.CheckpointError(
+        f"workdir: {path} cannot be locked: {e.strerror}"
+      ) from e
   now = datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
-  os.ftruncate(lock, 0)
   owner = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
-  os.pwrite(lock, owner.encode(), 0)
+  _write_owner(lock, owner.encode())
+  return lock, old if existed else None
 
 
-def _settle_config(file, config, may_change) -> bool:
-  """Writes the config of a new run or compares it; returns whether it was."""
-  if not file.exists():
-    write_json(file, config)
+def _is_at(descriptor: int, file: pathlib.Path) -> bool:
+  try:
+    return os.path.samestat(os.fstat(descriptor), os.stat(file))
+  except FileNotFoundError:
     return False
-  if _differing(file, config, may_change):
-    write_json(file, config)
-  return True
+
+
+def _write_owner(lock: int, text: bytes) -> None:
+  # On a full disk the lock holds without a name.
+  with contextlib.suppress(OSError):
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, text, 0)
 
 
 def _differing(file, config, may_change) -> list[str]:

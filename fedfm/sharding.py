@@ -24,6 +24,9 @@ def make_mesh(
 ) -> Mesh:
   """Makes the mesh `(clients, fsdp, tensor)`, clients outermost.
 
+  Of several TPU slices, each holds a part of `clients` and whole the others:
+  only what crosses clients crosses the slow network between slices.
+
   Args:
     axis_sizes: Size of each axis; a missing axis is 1 and one of them may be -1
       (takes the devices that the others leave). Default: all on `clients`.
@@ -33,22 +36,43 @@ def make_mesh(
     A `jax.sharding.Mesh` with Auto axes.
 
   Raises:
-    ConfigError: Unknown axis, size 0 or below -1, or a product that does not
-      divide or equal the number of devices.
+    ConfigError: Unknown axis, size 0 or below -1, a product that does not
+      divide or equal the number of devices, `clients` that the slices do not
+      divide, or sizes that do not lie on the chips' torus.
 
   Examples:
     >>> make_mesh({"clients": 1}, jax.devices()[:1]).axis_names
     ('clients', 'fsdp', 'tensor')
   """
   axis_sizes = {"clients": -1} if axis_sizes is None else dict(axis_sizes)
-  num_devices = len(jax.devices() if devices is None else devices)
-  sizes = mesh_shape(axis_sizes, num_devices)
-  return jax.make_mesh(
-    sizes,
-    MESH_AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
-  )
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = mesh_shape(axis_sizes, len(devices))
+  by_slice: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    on_tpu = device.platform == "tpu"
+    index = getattr(device, "slice_index", None) if on_tpu else None
+    by_slice.setdefault(index or 0, []).append(device)
+  clients, *inside = sizes
+  if clients % len(by_slice):
+    raise errors.ConfigError(
+      f"mesh.clients: {len(by_slice)} slices do not divide {clients}; the "
+      "other axes stay within a slice"
+    )
+  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  shape = (clients // len(by_slice), *inside)
+  try:
+    meshes = [
+      jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=by_slice[index])
+      for index in sorted(by_slice)
+    ]
+  except NotImplementedError:
+    named = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, shape))
+    raise errors.ConfigError(
+      f"mesh: {named} does not lie on this torus of chips, expected sizes that "
+      "are products of some of its own"
+    ) from None
+  grid = np.concatenate([mesh.devices for mesh in meshes])
+  return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def mesh_shape(
@@ -102,8 +126,14 @@ def mesh_shape(
   return sizes[0], sizes[1], sizes[2]
 
 
-class ShardingRules(dict[str, str | None]):
+MeshAxis = str | tuple[str, ...] | None
+
+
+class ShardingRules(dict[str, MeshAxis]):
   """Logical axis -> mesh axis, or None for replicated.
+
+  A tuple splits a dimension over several mesh axes, the first outermost; those
+  that do not divide it are left out.
 
   Examples:
     >>> rules = ShardingRules(embed="fsdp", mlp="tensor")
@@ -111,11 +141,19 @@ class ShardingRules(dict[str, str | None]):
     True
   """
 
-  def spec(self, axes: LogicalAxes) -> jax.P:
+  def spec(
+    self,
+    axes: LogicalAxes,
+    shape: tuple[int, ...] | None = None,
+    sizes: Mapping[str, int] | None = None,
+  ) -> jax.P:
     """Maps logical axes, one per dimension, to a PartitionSpec.
 
     Args:
       axes: A logical name (or None) per dimension.
+      shape: The dimensions, to leave out what does not divide them; only rules
+        that are tuples read it.
+      sizes: Size of each mesh axis; goes with `shape`.
 
     Returns:
       The `PartitionSpec` of the same length.
@@ -123,14 +161,17 @@ class ShardingRules(dict[str, str | None]):
     Raises:
       ConfigError: Unknown logical axis, or two that fall on one mesh axis.
     """
-    mapped = []
-    for axis in axes:
+    mapped: list[MeshAxis] = []
+    for i, axis in enumerate(axes):
       if axis is not None and axis not in self:
         raise errors.ConfigError(
           f"sharding: unknown logical axis {axis!r}{errors.nearest(axis, self)}"
         )
-      mapped.append(None if axis is None else self[axis])
-    used = [m for m in mapped if m is not None]
+      mesh_axis = None if axis is None else self[axis]
+      if isinstance(mesh_axis, tuple) and shape is not None:
+        mesh_axis = _dividing(mesh_axis, shape[i], sizes or {})
+      mapped.append(mesh_axis)
+    used = [name for m in mapped for name in _names(m)]
     if len(used) != len(set(used)):
       raise errors.ConfigError(
         f"sharding: axes {axes} collide on one mesh axis: {mapped}"
@@ -138,18 +179,39 @@ class ShardingRules(dict[str, str | None]):
     return jax.P(*mapped)
 
 
-# Parameters and activations. The embedding table keeps its width whole: width
-# and batch both over fsdp would all-gather the table over `clients`.
+def _names(mesh_axis: MeshAxis) -> tuple[str, ...]:
+  """The mesh axes of one dimension."""
+  if mesh_axis is None:
+    return ()
+  return (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis
+
+
+def _dividing(
+  mesh_axes: tuple[str, ...], dim: int, sizes: Mapping[str, int]
+) -> MeshAxis:
+  """The axes of a tuple whose product still divides the dimension."""
+  kept, product = [], 1
+  for name in mesh_axes:
+    if dim % (product * sizes[name]) == 0:
+      kept, product = [*kept, name], product * sizes[name]
+  return tuple(kept) or None
+
+
+# Parameters and activations. A table is stored with its width over `fsdp` and
+# gathered before it is read (`gathered`): width and batch both over `fsdp`
+# would all-gather it over `clients`. `factor` is the side of a low-rank factor
+# that its kernel has over `tensor`.
 DEFAULT_RULES = ShardingRules(
   layers=None,
   vocab="tensor",
-  table_width=None,
+  table_width="fsdp",
   embed="fsdp",
   heads="tensor",
   kv_heads="tensor",
   mlp="tensor",
   norm=None,
   rank=None,
+  factor=("tensor", "fsdp"),
   batch="fsdp",
   sequence=None,
   width=None,
@@ -188,11 +250,13 @@ def shardings(
   """
 
   def one(path, leaf_axes, leaf):
-    spec = jax.P(*prefix, *rules.spec(leaf_axes))
+    own = rules.spec(leaf_axes, leaf.shape[len(prefix) :], mesh.shape)
+    spec = jax.P(*prefix, *own)
     for dim, mesh_axis in zip(leaf.shape, spec):
-      if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
+      size = math.prod(mesh.shape[name] for name in _names(mesh_axis))
+      if dim % size:
         raise errors.ConfigError(
-          f"mesh.{mesh_axis}: {mesh.shape[mesh_axis]} does not divide "
+          f"mesh.{mesh_axis}: {size} does not divide "
           f"dimension {dim} of {jax.tree_util.keystr(path)} {leaf.shape}"
         )
     return NamedSharding(mesh, spec)
@@ -206,7 +270,8 @@ def shardings_like(
   """Shards a tree that holds copies of another: optimizer moments, a trainable.
 
   A leaf whose path ends with that of a reference leaf of the same shape is
-  sharded like it; every other leaf is replicated.
+  sharded like it, and so is one that has a dimension more in front, such as a
+  history; every other leaf is replicated.
 
   Args:
     mesh: The mesh.
@@ -230,8 +295,10 @@ def shardings_like(
     parts = path.split("/")
     for i in range(len(parts)):
       shape, found = known.get("/".join(parts[i:]), (None, None))
-      if shape == leaf.shape:
+      if found is not None and shape == leaf.shape:
         return found
+      if found is not None and shape == leaf.shape[1:]:
+        return NamedSharding(mesh, jax.P(None, *found.spec))
     return NamedSharding(mesh, jax.P())
 
   leaves, treedef = jax.tree.flatten(tree)
@@ -252,6 +319,61 @@ def constrain(
     `x`, constrained; unchanged when no mesh is set (`jax.set_mesh`).
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  # Within a shard_map a device sees its own part, with nothing left to split.
+  auto = jax.sharding.AxisType.Auto in mesh.axis_types
+  if mesh.empty or mesh.size == 1 or not auto:
     return x
-  return jax.lax.with_sharding_constraint(x, rules.spec(axes))
+  spec = rules.spec(axes, x.shape, mesh.shape)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_tree(
+  tree: PyTree, axes: PyTree, rules: ShardingRules = DEFAULT_RULES
+) -> PyTree:
+  """Constrains parameters, and by it their gradients, to where they are stored.
+
+  Args:
+    tree: Arrays.
+    axes: Tree of logical axes; leaves are matched by path, and those without
+      axes, or with axes that the rules do not know, are left as they come.
+    rules: Logical to mesh axes.
+
+  Returns:
+    A tree like `tree`; the same where no mesh is set.
+  """
+  known = _axes_by_path(axes)
+  leaves, treedef = jax.tree.flatten(tree)
+  constrained = []
+  for path, x in zip(trees.paths(tree), leaves):
+    leaf_axes = known.get(path)
+    if leaf_axes is not None and all(a in rules for a in leaf_axes if a):
+      x = constrain(x, *leaf_axes, rules=rules)
+    constrained.append(x)
+  return treedef.unflatten(constrained)
+
+
+def gathered(
+  tree: PyTree, axes: PyTree, rules: ShardingRules = DEFAULT_RULES
+) -> PyTree:
+  """Constrains parameters to be whole over `fsdp`, to be read many times.
+
+  Args:
+    tree: Arrays; what is not read afterwards costs nothing.
+    axes: As in `constrain_tree`.
+    rules: Where they are stored.
+
+  Returns:
+    A tree like `tree`, split over `tensor` only.
+  """
+  kept = ShardingRules(
+    {k: "tensor" if "tensor" in _names(v) else None for k, v in rules.items()}
+  )
+  return constrain_tree(tree, axes, kept)
+
+
+def _axes_by_path(axes: PyTree) -> dict[str, LogicalAxes]:
+  flat, _ = jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in flat
+  }

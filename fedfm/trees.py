@@ -1,5 +1,6 @@
 """Arithmetic on whole pytrees: norms, sums, selects."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +74,24 @@ def num_bytes(tree: PyTree) -> int:
   )
 
 
+def by_path(
+  tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+  """Returns {name such as `layers/q_proj`: leaf}, in leaf order.
+
+  Examples:
+    >>> by_path({"a": {"b": 1}, "c": [2, 3]})
+    {'a/b': 1, 'c/0': 2, 'c/1': 3}
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+  return {path_name(path): leaf for path, leaf in flat}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """Returns the name of a leaf, from the keys that jax gives to its path."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def paths(tree: PyTree) -> list[str]:
   """Returns a name per leaf such as `layers/q_proj`, in leaf order.
 
@@ -80,8 +99,12 @@ def paths(tree: PyTree) -> list[str]:
     >>> paths({"a": {"b": 1}, "c": [2, 3]})
     ['a/b', 'c/0', 'c/1']
   """
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in flat]
+  return list(by_path(tree))
+
+
+def sum_dtype(tree: PyTree) -> Any:
+  """Returns float32, or float64 where the tree has it: to sum scalars in."""
+  return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
 
 
 def copy(tree: PyTree) -> PyTree:

@@ -37,7 +37,10 @@ class Cohort:
   num_examples: Array  # shape=(lanes, slots), dtype=int32
   num_steps: Array  # shape=(lanes, slots), dtype=int32: local steps
   weight: Array  # shape=(lanes, slots), dtype=float32: 0 where no client is
+  rate: Array  # shape=(lanes, slots), dtype=float32: times the learning rate
   order: Array  # shape=(clients,), dtype=int32: lane * slots + slot, or -1
+  # Row r of the client store is slot r % slots of lane r // slots.
+  aligned: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def num_lanes(self) -> int:
@@ -56,6 +59,7 @@ class ClientInfo:
   num_examples: Array  # shape=(), dtype=int32
   num_steps: Array  # shape=(), dtype=int32
   weight: Array  # shape=(), dtype=float32
+  rate: Array  # shape=(), dtype=float32: multiplies the client's learning rate
 
 
 class ClientUpdate(NamedTuple):
@@ -66,11 +70,15 @@ class ClientUpdate(NamedTuple):
     step: `step(carry, base, batch, key) -> carry`, one local step.
     finish: `finish(broadcast, carry, info) -> (message, weight, client_state,
       metrics)`; `metrics` is a dict of scalars.
+    first: `first(carry, base, batch, key) -> carry`, between start and the
+      first step, given that step's batch; None for nothing. What would cost
+      something on every step if `step` had to ask whether it is the first.
   """
 
   start: Callable[..., PyTree]
   step: Callable[..., PyTree]
   finish: Callable[..., tuple[PyTree, Any, PyTree, dict[str, Any]]]
+  first: Callable[..., PyTree] | None = None
 
 
 class Aggregator(NamedTuple):
@@ -122,18 +130,32 @@ class Aggregator(NamedTuple):
       messages,
     )
     state = self.init(jax.tree.map(lambda x: jnp.zeros_like(x[0]), messages))
+    update, _ = self.finish(state, self.collect(state, messages, weights))
+    if self.add is not None:
+      return update
+    enough = jnp.sum(kept) >= self.min_clients
+    return trees.select(enough, update, trees.zeros_like(update))
+
+  def collect(self, state: PyTree, messages: PyTree, weights: Array) -> PyTree:
+    """Collects stacked messages as the engine would, for `finish`.
+
+    Args:
+      state: The aggregator's state.
+      messages: Tree of arrays [clients, ...], zero where the weight is.
+      weights: [clients].
+
+    Returns:
+      The messages and weights as they are, or the summed terms.
+    """
     if self.add is None:
-      update, _ = self.finish(state, (messages, weights))
-      enough = jnp.sum(kept) >= self.min_clients
-      return trees.select(enough, update, trees.zeros_like(update))
+      return messages, weights
 
     def one(terms, client):
       return trees.add(terms, self.add(state, *client)), None
 
     first = jax.tree.map(lambda x: x[0], (messages, weights))
     zero = trees.zeros_like(self.add(state, *first))
-    terms, _ = jax.lax.scan(one, zero, (messages, weights))
-    return self.finish(state, terms)[0]
+    return jax.lax.scan(one, zero, (messages, weights))[0]
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +167,15 @@ class ServerState:
   server_optimizer: PyTree
   aggregator: PyTree
   clients: PyTree  # client store, leaves [num_clients, ...], or ()
+  extra: PyTree  # what the algorithm itself remembers, or ()
   round: Array  # shape=(), dtype=int32: rounds done
+  seed: Array  # shape=(), dtype=uint32: of every random number of the rounds
+  # What clients know of the broadcast where the way down is compressed, or ().
+  sent: PyTree = ()
+
+
+def _same_trainable(state: ServerState) -> PyTree:
+  return state.trainable
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -159,9 +189,24 @@ class FederatedAlgorithm(NamedTuple):
       trainable of `state` goes with; the identity for most.
     bytes_per_client: `bytes_per_client(state) -> (up, down)`, bytes that one
       client sends and receives in a round.
+    effective_trainable: `effective_trainable(state) -> trainable`, the global
+      model to evaluate and to export; `state.trainable` for most.
+    personal: `personal(state, client_state) -> trainable`, a client's own
+      model; None where clients have none.
+    client_state: `client_state(trainable) -> state` of a client that never took
+      part; None where clients keep no state.
+    local_steps: `local_steps(round) -> steps`, the most that a client takes in
+      a round; None where the algorithm does not say.
+    aligned: Whether the clients are replicas, all of which have a lane and slot
+      of their own in every round (`pack(aligned=True)`).
   """
 
   init: Callable[[PyTree], ServerState]
   round: Callable[..., tuple[ServerState, dict[str, Any]]]
   effective_base: Callable[[ServerState, PyTree], PyTree]
   bytes_per_client: Callable[[ServerState], tuple[int, int]]
+  effective_trainable: Callable[[ServerState], PyTree] = _same_trainable
+  personal: Callable[[ServerState, PyTree], PyTree] | None = None
+  client_state: Callable[[PyTree], PyTree] | None = None
+  local_steps: Callable[[int], int] | None = None
+  aligned: bool = False

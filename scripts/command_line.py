@@ -6,17 +6,24 @@ field or a missing file; here every mistake is one line and exit code 2.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import importlib.util
 import logging
+import os
 import pathlib
+import socket
 import sys
-from typing import Any
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+import warnings
 
 from absl import flags
 import jax
 import ml_collections
 
-from fedfm import errors, settings
+from fedfm import errors, interruption, settings
 
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -32,34 +39,140 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "This process, where that is not detected."
 )
+_TIMEOUT = flags.DEFINE_integer(
+  "initialization_timeout", 300, "Seconds to wait for the other processes."
+)
 _OVERRIDES: list[tuple[str, str]] = []
 EXIT_BAD_INPUT = 2
+EXIT_LOST_PROCESS = 5
 EXIT_INTERRUPTED = 130
+# A process that is silent for so many seconds is taken for dead by the others.
+_HEARTBEAT = 40
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses flags and runs `main()`; bad input ends with exit code 2.
+def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
+  """Parses flags and runs `main`; ends with a code that says how it went.
+
+  0 done; 1 a bug, with a traceback; 2 bad input; 3 nothing more can be written;
+  4 the loss went wrong; 5 another process was lost; 130 Ctrl-C and 143 SIGTERM,
+  of a run that saved its state. All but 1 print one line.
 
   Args:
     main: Reads absl flags.
+    commands: What the one argument that is not a flag may be; `main` is given
+      it. None takes no such argument.
   """
+  _open_standard_streams()
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   logging.getLogger("fedfm").setLevel(logging.INFO)
+  # Orbax leaves these behind where a file of a checkpoint is damaged.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+  sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
   try:
     if {"-h", "--help"} & set(sys.argv[1:]):
-      print(sys.modules[main.__module__].__doc__)
-      print(flags.FLAGS.main_module_help())
+      show(sys.modules[main.__module__].__doc__)
+      show(flags.FLAGS.main_module_help())
       return
     argv = flags.FLAGS(_take_overrides(sys.argv))
-    if len(argv) > 1:
-      raise errors.ConfigError(f"arguments: {argv[1]!r} is not a flag")
+    arguments = _check_commands(argv[1:], commands)
     _start_processes()
-    main()
-  except (flags.Error, errors.FedFMError) as e:
-    _bad_input(e)
+    main(*arguments)
+  except flags.Error as e:
+    _leave(EXIT_BAD_INPUT, f"error: {e}")
+  except errors.FedFMError as e:
+    _leave(e.exit_code, f"error: {e}")
+  except interruption.Stopped as e:
+    # The others stop at the same round: all shut down together.
+    _print_error(str(e))
+    sys.exit(128 + e.signum)
   except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(EXIT_INTERRUPTED)
+    _leave(EXIT_INTERRUPTED, "interrupted")
+  except jax.errors.JaxRuntimeError as e:
+    if _has_peers():
+      _leave(EXIT_LOST_PROCESS, f"error: another process was lost: {e}")
+    raise
+  except Exception:
+    if not _has_peers():
+      raise
+    traceback.print_exc()
+    _leave(1, "error: this process failed")
+
+
+def show(text: Any) -> None:
+  """Prints to standard output, if someone still reads it.
+
+  Args:
+    text: What to print.
+  """
+  try:
+    print(text, flush=True)
+  except (OSError, ValueError):
+    # A closed pipe is no mistake, and Python would complain of it at the end.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _open_standard_streams() -> None:
+  """Opens 0, 1 and 2 where they are closed.
+
+  Else the next files that are opened get these numbers, and what libraries
+  print goes into them.
+  """
+  for descriptor in range(3):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # Gets the lowest number that is free.
+
+
+def _check_commands(
+  arguments: Sequence[str], commands: Sequence[str]
+) -> Sequence[str]:
+  if commands and not arguments:
+    raise errors.ConfigError(
+      f"arguments: got no command, expected one of {', '.join(commands)}"
+    )
+  if commands and arguments[0] not in commands:
+    raise errors.ConfigError(
+      f"arguments: got {arguments[0]!r}{errors.nearest(arguments[0], commands)}"
+    )
+  if len(arguments) > bool(commands):
+    raise errors.ConfigError(
+      f"arguments: {arguments[bool(commands)]!r} is not a flag"
+    )
+  return arguments
+
+
+def _has_peers() -> bool:
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _leave(code: int, message: str) -> NoReturn:
+  """Prints one line and ends this process, in time even without the others."""
+  _print_error(message)
+  if not _has_peers():
+    sys.exit(code)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
+  if jax.process_index() == 0:
+    time.sleep(3)  # It holds the connection of the others, who leave too.
+  os._exit(code)  # An orderly end would wait for all processes.
+
+
+def _without_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
+  """Says nothing of a file that is read on after its neighbour's error."""
+
+  def without(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return without
+
+
+def _print_error(message: str) -> None:
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def _start_processes() -> None:
@@ -72,21 +185,70 @@ def _start_processes() -> None:
       "--coordinator, --num_processes and --process_id go together, got "
       f"{given}"
     )
-  _, count, index = given
+  coordinator, count, index = given
   if count is not None and index is not None and not 0 <= index < count:
     raise errors.ConfigError(
       f"--process_id: got {index}, expected 0 to {count - 1}"
     )
+  if coordinator is not None:
+    _check_coordinator(coordinator, index == 0)
+  who = "a process" if index is None else f"process {index} of {count}"
+  where = f" at {coordinator}" if coordinator else ""
+  _print_error(f"{who} joins the others{where}")
+  # At its own time-out jax aborts, with a stack trace: be done before.
+  limit = threading.Timer(_TIMEOUT.value, _not_all_joined, [who, where])
+  limit.daemon = True
+  limit.start()
   try:
-    jax.distributed.initialize(*given)
+    jax.distributed.initialize(
+      *given,
+      initialization_timeout=_TIMEOUT.value + 60,
+      heartbeat_timeout_seconds=_HEARTBEAT,
+    )
   except (RuntimeError, ValueError) as e:
     raise errors.ConfigError(f"--distributed: {e}") from None
+  finally:
+    limit.cancel()
 
 
-def _bad_input(error: Exception) -> None:
-  message = " ".join(str(error).split())
-  print(f"error: {message}", file=sys.stderr)
-  sys.exit(EXIT_BAD_INPUT)
+def _not_all_joined(who: str, where: str) -> None:
+  """Ends this process, which waits in vain, whatever it is in."""
+  _print_error(
+    f"error: --process_id: {who}{where} waited {_TIMEOUT.value} s for the "
+    "others: one is missing, or two have the same id, or --num_processes is "
+    "larger than what was started"
+  )
+  os._exit(EXIT_BAD_INPUT)
+
+
+def _check_coordinator(address: str, is_first: bool) -> None:
+  """Tells a wrong address from a slow start: jax would abort, or only wait."""
+  host, colon, port = address.rpartition(":")
+  if not host or not colon or not port.isdigit() or not 0 < int(port) < 2**16:
+    raise errors.ConfigError(
+      f"--coordinator: got {address!r}, expected host:port"
+    )
+  if is_first:
+    try:
+      socket.create_server(("", int(port))).close()
+    except OSError as e:
+      raise errors.ConfigError(
+        f"--coordinator: port {port} cannot be opened here: "
+        f"{os.strerror(e.errno or 0)}"
+      ) from None
+    return
+  deadline = time.monotonic() + _TIMEOUT.value
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+      return
+    except OSError as e:
+      if time.monotonic() > deadline:
+        raise errors.ConfigError(
+          f"--coordinator: nothing answers at {address} within "
+          f"{_TIMEOUT.value} s: {e.strerror or e}"
+        ) from None
+    time.sleep(0.2)
 
 
 def _take_overrides(argv: Sequence[str]) -> list[str]:
@@ -121,7 +283,7 @@ def load_config(path: str) -> dict[str, Any]:
     ConfigError: A missing, empty or failing file, an unknown field, or a value
       of another type.
   """
-  return overrides(_read(path))
+  return overrides(read_config(path))
 
 
 def overrides(config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -153,7 +315,23 @@ def overrides(config: dict[str, Any] | None = None) -> dict[str, Any]:
   return config
 
 
-def _read(path: str) -> dict[str, Any]:
+def raw_overrides() -> list[tuple[str, str]]:
+  """Returns (field, text) as the command line gives them, for a child of it."""
+  return list(_OVERRIDES)
+
+
+def read_config(path: str) -> dict[str, Any]:
+  """Runs a config file, without the overrides of the command line.
+
+  Args:
+    path: A Python file whose `get_config()` returns a `ConfigDict`.
+
+  Returns:
+    Its fields, a nested dict.
+
+  Raises:
+    ConfigError: A missing, empty or failing file.
+  """
   file = pathlib.Path(path)
   if not file.is_file():
     raise errors.ConfigError(f"--config: {path!r} is not a file")

@@ -1,14 +1,22 @@
 r"""Pre-trains the small byte language model that fedfm ships.
 
 Centralized, with the model and loss that the federated runs use, on the public
-Python sources of the installed dependencies; the standard library, which the
+sources of the installed dependencies. The standard library, which the
 quickstart federates, is never read for training, and files that share lines
-with it are left out.
+with it are left out. In two stages, half Python and half other code and prose
+first, then Python at a lower rate:
 
-  python scripts/pretrain.py --output=fedfm/models/byte_llama
+  python scripts/pretrain.py --output=DIR
+  python scripts/pretrain.py --init=DIR --output=fedfm/models/byte_llama \
+    --python_fraction=1 --steps=600 --learning_rate=0.006 \
+    --adam_rate=0.0018 --long_fraction=1 --seed=1
 
-Took 93 minutes on two CPU cores that did other work besides. Two virtual
-devices, one a core, are faster there than one:
+The learning rate is constant after its warm-up: the weights are those of the
+stable phase of a warmup-stable-decay schedule (arXiv 2404.06395), from which
+training goes on best; runs that start here bring their own decay. Give
+`--decay_fraction=0.2` for weights to use as they are.
+
+Two virtual devices, one a core, are faster on two cores than one:
 
   XLA_FLAGS=--xla_force_host_platform_device_count=2 \
     python scripts/pretrain.py --output=DIR
@@ -24,14 +32,19 @@ import numpy as np
 import optax
 
 import command_line
-from fedfm import experiment, sharding, trees
+from fedfm import errors, experiment, sharding, trees
 from fedfm.data import dependencies, tokenizers
 from fedfm.models import DecoderConfig, decoder, huggingface, losses
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+_INIT = flags.DEFINE_string("init", "", "Folder to start from, if any.")
+_PYTHON = flags.DEFINE_float("python_fraction", 0.5, "Python, of all bytes.")
 _STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps.")
 _LONG = flags.DEFINE_float(
   "long_fraction", 0.25, "Share of steps, at the end, at the full length."
+)
+_DECAY = flags.DEFINE_float(
+  "decay_fraction", 0.0, "Share of steps, at the end, over which rates fall."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and data order.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 8192, "Tokens a step.")
@@ -39,8 +52,11 @@ _LENGTH = flags.DEFINE_integer("length", 512, "Longest sequence, in tokens.")
 _MUON_RATE = flags.DEFINE_float("learning_rate", 0.01, "Peak rate of Muon.")
 _ADAM_RATE = flags.DEFINE_float("adam_rate", 0.003, "Peak rate of Adam.")
 _MAX_BYTES = flags.DEFINE_integer(
-  "max_bytes", 4_000_000, "Most bytes of any one distribution."
+  "max_bytes", 2_000_000, "Most bytes of one distribution and kind of text."
 )
+_VALIDATION_BYTES = 100_000
+_PRINT_EVERY = 20  # Steps.
+_SAVE_EVERY = 200  # Steps.
 
 CONFIG = DecoderConfig(
   vocab_size=272,
@@ -54,30 +70,47 @@ CONFIG = DecoderConfig(
 )
 
 
-def corpus(seed: int) -> tuple[list[bytes], list[bytes], dict[str, int]]:
-  """Reads the training and validation documents, in seeded order.
+def corpus(num_bytes: int, seed: int) -> tuple[list[bytes], list[bytes]]:
+  """Reads the documents, `--python_fraction` of them Python, in seeded order.
 
   Args:
-    seed: Seed of the order.
+    num_bytes: Bytes that training reads; more are not needed.
+    seed: Seed of the order, and so of the choice.
 
   Returns:
-    Training documents, validation documents (1% of files), bytes by
-    distribution.
+    Training documents, and validation documents (1% of the bytes or more).
   """
-  files, left_out = dependencies.without_copies(
-    dependencies.source_files(), dependencies.standard_library_texts()
-  )
-  print(f"left out {len(left_out)} files that share lines with the stdlib")
-  order = np.random.default_rng(seed).permutation(len(files))
-  documents, sizes = [], {}
-  for index in order:
-    name, _, text = files[index]
-    raw = text.encode()
-    if sizes.get(name, 0) + len(raw) <= _MAX_BYTES.value:
-      sizes[name] = sizes.get(name, 0) + len(raw)
-      documents.append(raw)
-  num_validation = max(1, len(documents) // 100)
-  return documents[num_validation:], documents[:num_validation], sizes
+  protected = dependencies.standard_library_texts()
+  rng = np.random.default_rng(seed)
+  chosen = []
+  for kind, suffixes, share in (
+    ("Python", dependencies.PYTHON, _PYTHON.value),
+    ("other text", dependencies.OTHER_TEXT, 1 - _PYTHON.value),
+  ):
+    if not share:
+      continue
+    found = dependencies.source_files(suffixes=suffixes)
+    files, left_out = dependencies.without_copies(found, protected)
+    files = [files[i] for i in rng.permutation(len(files))]
+    files = dependencies.without_near_duplicates(files)
+    sizes, documents = {}, []
+    for name, _, text in files:
+      raw = text.encode()
+      room = sizes.get(name, 0) + len(raw) <= _MAX_BYTES.value
+      if room and sum(sizes.values()) < 1.02 * share * num_bytes:
+        sizes[name] = sizes.get(name, 0) + len(raw)
+        documents.append(raw)
+    print(
+      f"{kind}: {sum(sizes.values()):,} bytes, {len(documents):,} of "
+      f"{len(found):,} files, {len(sizes)} distributions; left out "
+      f"{len(left_out)} that share lines with the standard library"
+    )
+    chosen += documents
+  chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+  bytes_before = np.cumsum([len(document) for document in chosen])
+  enough = max(_VALIDATION_BYTES, num_bytes // 100)
+  num_validation = int(np.searchsorted(bytes_before, enough)) + 1
+  return chosen[num_validation:], chosen[:num_validation]
 
 
 def rows(documents: list[bytes], length: int) -> np.ndarray:
@@ -99,12 +132,14 @@ def rows(documents: list[bytes], length: int) -> np.ndarray:
   return stream[starts + np.arange(length)].astype(np.int32)
 
 
-def optimizer(steps: int) -> optax.GradientTransformation:
-  """Muon on the kernels, Adam on the rest; warm-up, then linear decay to 0."""
+def optimizer(steps: int, decay_steps: int) -> optax.GradientTransformation:
+  """Muon on the kernels, Adam on the rest; warm-up, stable, linear decay."""
 
   def rate(peak):
     warmup = optax.schedules.linear_schedule(0.0, peak, steps // 20)
-    decay = optax.schedules.linear_schedule(1.0, 0.0, steps)
+    decay = optax.schedules.linear_schedule(
+      1.0, 0.0, decay_steps, steps - decay_steps
+    )
     return lambda count: warmup(count) * decay(count)
 
   matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
@@ -123,13 +158,53 @@ def optimizer(steps: int) -> optax.GradientTransformation:
   )
 
 
+def batches(documents: list[bytes], steps: int, long_steps: int, seed: int):
+  """Yields [batch, length] tokens a step: short rows first, then long ones."""
+  position = 0
+  for length, count in (
+    (_LENGTH.value // 2, steps - long_steps),
+    (_LENGTH.value, long_steps),
+  ):
+    # Skipping ahead lets the phases share fewer rows.
+    data = rows(documents, length)
+    data = data[position * _BATCH_TOKENS.value // length :]
+    data = np.random.default_rng(seed + 1).permutation(data)
+    size = _BATCH_TOKENS.value // length
+    for i in range(count):
+      yield data[np.arange(i * size, (i + 1) * size) % len(data)]
+    position = count
+
+
+def check_flags():
+  for name, flag in (
+    ("long_fraction", _LONG),
+    ("decay_fraction", _DECAY),
+    ("python_fraction", _PYTHON),
+  ):
+    if not 0 <= flag.value <= 1:
+      raise errors.ConfigError(f"--{name}: got {flag.value}, expected 0 to 1")
+  for name, flag in (("steps", _STEPS), ("length", _LENGTH)):
+    if flag.value < 2:
+      raise errors.ConfigError(f"--{name}: got {flag.value}, expected above 1")
+  if _BATCH_TOKENS.value < _LENGTH.value:
+    raise errors.ConfigError(
+      f"--batch_tokens: got {_BATCH_TOKENS.value}, expected at least the "
+      f"length, {_LENGTH.value}"
+    )
+
+
 def main():
-  train, validation, sizes = corpus(_SEED.value)
-  print(f"{sum(map(len, train)):,} bytes of {len(sizes)} distributions")
+  check_flags()
+  steps = _STEPS.value
+  train, validation = corpus(steps * _BATCH_TOKENS.value, _SEED.value)
   model = decoder(CONFIG)
   params = model.init(jax.random.key(_SEED.value))
+  if _INIT.value:
+    loaded, params = huggingface.load(_INIT.value, dtype="float32")
+    if loaded.shapes != model.shapes:
+      raise errors.ConfigError(f"--init: {_INIT.value} has other sizes")
   print(f"{trees.num_elements(params):,} parameters")
-  tx = optimizer(_STEPS.value)
+  tx = optimizer(steps, int(steps * _DECAY.value))
   loss_fn = losses.language_model(lambda t, _, tokens: model.apply(t, tokens))
   tokenizer = tokenizers.byte_tokenizer()
   mesh = sharding.make_mesh({"clients": 1, "fsdp": -1})
@@ -164,40 +239,29 @@ def main():
       count += float(aux["tokens"])
     return total / count / math.log(2)
 
-  long_steps = int(_STEPS.value * _LONG.value)
-  phases = [
-    (_LENGTH.value // 2, _STEPS.value - long_steps),
-    (_LENGTH.value, long_steps),
-  ]
-  held_out = rows(validation, _LENGTH.value)[:128]
-  done, start, mean, position = 0, time.time(), None, 0
-  for length, steps in phases:
-    # Skipping ahead lets the phases share fewer rows.
-    data = rows(train, length)
-    data = data[position * _BATCH_TOKENS.value // length :]
-    data = np.random.default_rng(_SEED.value + 1).permutation(data)
-    batch_size = _BATCH_TOKENS.value // length
-    for i in range(steps):
-      index = np.arange(i * batch_size, (i + 1) * batch_size) % len(data)
-      params, opt_state, aux = step(params, opt_state, batch_of(data[index]))
-      bits = float(aux["loss_sum"] / aux["tokens"]) / math.log(2)
-      mean = bits if mean is None else 0.9 * mean + 0.1 * bits
-      done += 1
-      if done % 20 == 0:
-        spent = time.time() - start
-        left = spent / done * (_STEPS.value - done)
-        print(
-          f"step {done}/{_STEPS.value}  bits/byte {mean:.3f}  "
-          f"{done * _BATCH_TOKENS.value / spent:,.0f} tokens/s  "
-          f"{left / 60:.0f} min left",
-          flush=True,
-        )
-      if done % 200 == 0 or done == _STEPS.value:
-        print(f"  held out: {bits_per_byte(params, held_out):.4f} bits/byte")
-        huggingface.save(
-          _OUTPUT.value, model, trees.cast(jax.device_get(params), jnp.bfloat16)
-        )
-    position = steps
+  held_out = rows(validation, _LENGTH.value)
+  held_out = held_out[:: max(1, len(held_out) // 128)]
+  start, mean = time.time(), None
+  long_steps = int(steps * _LONG.value)
+  for done, tokens in enumerate(
+    batches(train, steps, long_steps, _SEED.value), start=1
+  ):
+    params, opt_state, aux = step(params, opt_state, batch_of(tokens))
+    bits = float(aux["loss_sum"] / aux["tokens"]) / math.log(2)
+    mean = bits if mean is None else 0.95 * mean + 0.05 * bits
+    if done % _PRINT_EVERY == 0:
+      spent = time.time() - start
+      print(
+        f"step {done}/{steps}  bits/byte {mean:.3f}  "
+        f"{done * _BATCH_TOKENS.value / spent:,.0f} tokens/s  "
+        f"{spent / done * (steps - done) / 60:.0f} min left",
+        flush=True,
+      )
+    if done % _SAVE_EVERY == 0 or done == steps:
+      print(f"  held out: {bits_per_byte(params, held_out):.4f} bits/byte")
+      huggingface.save(
+        _OUTPUT.value, model, trees.cast(jax.device_get(params), jnp.bfloat16)
+      )
   report_unseen()
 
 

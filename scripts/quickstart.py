@@ -13,6 +13,8 @@ import pathlib
 import time
 
 from absl import flags
+import jax
+import jax.numpy as jnp
 
 import command_line
 from fedfm import baselines, completion, experiment, report
@@ -24,6 +26,11 @@ _LOCAL_CLIENTS = flags.DEFINE_integer(
   "local_clients", 8, "Clients of local-only."
 )
 _LOCAL_STEPS = flags.DEFINE_integer("local_steps", 8, "Their local steps.")
+_BASELINE_RATE = flags.DEFINE_float(
+  "baseline_rate",
+  0.01,
+  "Learning rate of centralized and local-only, tuned on their own.",
+)
 _PROMPT = flags.DEFINE_string("prompt", "def main(", "Text to continue.")
 _METRIC = "bits_per_byte"
 _POPULATIONS = ("seen", "unseen")
@@ -34,6 +41,8 @@ def row(name, values):
   cells = {"": name}
   for population in _POPULATIONS:
     key = f"eval/{population}/{_METRIC}"
+    if key not in values:
+      continue
     cells[population] = f"{values[key]:.3f}"
     cells[f"{population} p10-p90"] = (
       f"{values[key + '_p10']:.2f}-{values[key + '_p90']:.2f}"
@@ -94,26 +103,33 @@ def main():
 
   steps = max(1, round(tokens / batch_tokens))
   say(f"centralized: {steps} steps, as many tokens as were federated")
-  centralized = built.evaluate(baselines.centralized(built, steps))
+  rate = _BASELINE_RATE.value
+  centralized = built.evaluate(baselines.centralized(built, steps, rate))
 
-  ids = sorted(built.data.train.ids)
+  ids = sorted(built.data.evals["seen"].ids)
   ids = ids[:: max(1, len(ids) // _LOCAL_CLIENTS.value)][: _LOCAL_CLIENTS.value]
   say(f"local only: {len(ids)} clients, {_LOCAL_STEPS.value} steps each")
-  stacked = baselines.local_only(built, ids, _LOCAL_STEPS.value)
+  stacked = baselines.local_only(built, ids, _LOCAL_STEPS.value, rate)
   local = baselines.evaluate_each(built, ids, stacked)
+  untrained = jax.tree.map(lambda x: jnp.stack([x] * len(ids)), base)
+  start = baselines.evaluate_each(built, ids, untrained, ("seen",))
 
   table = report.table(
     [
       row("base", summary["base"]),
+      row(f"base, the {len(ids)} of local only", start),
       row("local only", local),
       row("federated", summary["final"]),
       row("centralized", centralized),
     ]
   )
+  after_base = built.algorithm.effective_base(state, built.base)
+  after = (after_base, built.algorithm.effective_trainable(state))
+  assert built.tokenizer is not None  # The quickstart is about text.
   text = {
     name: completion.generate_text(
       built.model,
-      (built.base, trainable),
+      params,
       built.tokenizer,
       _PROMPT.value,
       apply=built.adapter.apply,
@@ -121,7 +137,7 @@ def main():
       temperature=0.5,
       top_p=0.9,
     )
-    for name, trainable in (("before", base), ("after", state.trainable))
+    for name, params in (("before", (built.base, base)), ("after", after))
   }
   plot(folder, lines, centralized)
   samples = "\n".join(

@@ -15,13 +15,16 @@ from fedfm import experiment
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
+_PROFILE = flags.DEFINE_integer(
+  "profile_round", None, "Round to trace into the folder's profile/, from 1."
+)
 
 
 def main():
   summary = experiment.train(
-    command_line.load_config(_CONFIG.value), _WORKDIR.value
+    command_line.load_config(_CONFIG.value), _WORKDIR.value, _PROFILE.value
   )
-  print(json.dumps(summary, indent=2))
+  command_line.show(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,22 @@ import reference
 from fedfm import aggregators, errors
 
 N, F = 9, 2
+BULYAN_F = 1
 MAKERS = {
   "weighted_mean": aggregators.weighted_mean,
   "median": aggregators.median,
   "trimmed_mean": lambda: aggregators.trimmed_mean(F),
   "krum": lambda: aggregators.krum(F),
+  "bulyan": lambda: aggregators.bulyan(BULYAN_F),
   "geometric_median": aggregators.geometric_median,
 }
 ROBUST = [name for name in MAKERS if name != "weighted_mean"]
-ALIKE = ("median", "trimmed_mean", "krum")  # These do not read weights.
+ALIKE = (
+  "median",
+  "trimmed_mean",
+  "krum",
+  "bulyan",
+)  # These do not read weights.
 
 
 @functools.cache
@@ -56,6 +63,17 @@ def vector(tree):
   )
 
 
+def numpy_krum(x, f):
+  """Which row is nearest to its n - f - 2 (at least one) nearest ones."""
+  n, distances = len(x), ((x[:, None] - x[None]) ** 2).sum(-1)
+  return np.argmin(
+    [
+      np.sort(np.delete(distances[i], i))[: max(n - f - 2, 1)].sum()
+      for i in range(n)
+    ]
+  )
+
+
 def numpy_rule(name, x, w):
   """The rule in NumPy, float64: x [n, dim], w [n], all of them present."""
   n = len(x)
@@ -66,11 +84,15 @@ def numpy_rule(name, x, w):
   if name == "trimmed_mean":
     return np.sort(x, axis=0)[F : n - F].mean(axis=0)
   if name == "krum":
-    distances = ((x[:, None] - x[None]) ** 2).sum(-1)
-    scores = [
-      np.sort(np.delete(distances[i], i))[: n - F - 2].sum() for i in range(n)
-    ]
-    return x[np.argmin(scores)]
+    return x[numpy_krum(x, F)]
+  if name == "bulyan":
+    picked, left = [], list(range(n))
+    while len(picked) < n - 2 * BULYAN_F:
+      picked.append(left.pop(numpy_krum(x[left], BULYAN_F)))
+    near = x[picked]
+    away = np.abs(near - np.median(near, axis=0))
+    order = np.argsort(away, axis=0)[: len(near) - 2 * BULYAN_F]
+    return np.take_along_axis(near, order, axis=0).mean(axis=0)
   centre = w @ x / w.sum()
   for _ in range(2000):
     share = w / np.maximum(np.linalg.norm(x - centre, axis=1), 1e-12)
@@ -199,7 +221,12 @@ def test_no_trimming_is_the_plain_mean():
 
 
 @pytest.mark.parametrize(
-  ("name", "needed"), [("trimmed_mean", 2 * F + 1), ("krum", 2 * F + 3)]
+  ("name", "needed"),
+  [
+    ("trimmed_mean", 2 * F + 1),
+    ("krum", 2 * F + 3),
+    ("bulyan", 4 * BULYAN_F + 3),
+  ],
 )
 def test_too_few_clients_aggregate_to_zero(name, needed):
   w = np.zeros(N, np.float32)
@@ -234,6 +261,7 @@ def test_float64_stays_float64():
   [
     (lambda: aggregators.trimmed_mean(-1), ["num_byzantine", "-1"]),
     (lambda: aggregators.krum(-3), ["num_byzantine", "-3"]),
+    (lambda: aggregators.bulyan(-1), ["num_byzantine", "-1"]),
     (lambda: aggregators.krum(1.5), ["num_byzantine", "1.5"]),
     (lambda: aggregators.trimmed_mean(True), ["num_byzantine", "True"]),
     (lambda: aggregators.geometric_median(0.0), ["smoothing", "0.0"]),

@@ -1,7 +1,9 @@
-"""Every algorithm by name: a contract, and two rounds by hand in NumPy."""
+"""The seams that algorithms share: servers, weights, schedules, options."""
 
 import functools
 
+import algorithm_cases as cases
+import algorithm_numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,291 +11,245 @@ import optax
 import pytest
 import reference
 
-from fedfm import algorithms, data, errors
+from fedfm import algorithms, choices, errors, settings
+from fedfm.clients import measures
 
-SIZES = (7, 4, 3, 2, 1)
-BATCH, EPOCHS, RATE, MU = 2, 2, 0.05, 0.3
-SOURCE = data.from_arrays(
-  {
-    f"client {c}": {
-      "x": np.random.default_rng(c).normal(size=(n, 3)),
-      "y": np.random.default_rng(c + 50).normal(size=n) + c,
-    }
-    for c, n in enumerate(SIZES)
-  }
-)
-# Two rounds of unequal clients, of whom not all take part.
-ROUNDS = [
-  ["client 0", "client 3", "client 2"],
-  ["client 4", "client 0", "client 1"],
-]
+ROUNDS, SGD, SOURCE = cases.ROUNDS, optax.sgd(cases.RATE), cases.LINEAR
+_FAST = {"xla_backend_optimization_level": "0"}
 
 
-def loss(params, base, batch, key):
-  """Mean squared error of a linear model."""
-  del base, key
-  residual = batch["x"] @ params["w"] + params["b"] - batch["y"]
-  count = jnp.sum(batch["mask"])
-  aux = {"tokens": 10 * count}
-  return jnp.sum(residual**2 * batch["mask"]) / jnp.maximum(count, 1), aux
-
-
-SGD = optax.sgd(RATE)
-NAMED = {
-  "fedavg": algorithms.fedavg,
-  "fedprox": functools.partial(algorithms.fedprox, mu=MU),
-  "fedavgm": algorithms.fedavgm,
-  "fedadagrad": algorithms.fedadagrad,
-  "fedadam": algorithms.fedadam,
-  "fedyogi": algorithms.fedyogi,
-  "fedopt": functools.partial(
-    algorithms.fedopt, server_optimizer=optax.adam(0.1)
-  ),
-}
+def jit(algorithm):
+  return jax.jit(algorithm.round, compiler_options=_FAST)
 
 
 @functools.cache
-def compiled(name):
-  algorithm = NAMED[name](loss, client_optimizer=SGD)
-  return algorithm, jax.jit(algorithm.round)
-
-
-def start(dtype=jnp.float64):
-  return {"w": jnp.asarray([0.5, -0.2, 0.1], dtype), "b": jnp.zeros((), dtype)}
-
-
-def pack(ids, lanes=2):
-  return data.pack(
-      SOURCE, ids, lanes=lanes, batch_size=BATCH, epochs=EPOCHS,
-      step_buckets=[20], slot_buckets=[4],
-  )  # fmt: skip
-
-
-def numpy_delta(w, client_id, mu):
-  """A client's local SGD on [w, b], float64."""
-  sent, examples = w.copy(), SOURCE.read(client_id)
-  x = np.concatenate([examples["x"], np.ones((len(examples["y"]), 1))], axis=1)
-  for _ in range(EPOCHS):
-    for at in range(0, len(x), BATCH):
-      rows, y = x[at : at + BATCH], examples["y"][at : at + BATCH]
-      gradient = 2 * rows.T @ (rows @ w - y) / len(y)
-      w = w - RATE * (gradient + mu * (w - sent))
-  return w - sent
-
-
-def numpy_server(name, delta, m, v, t):
-  """One server step of the papers: (what is added to w, m, v)."""
-  beta1, beta2, tau, rate = 0.9, 0.99, 1e-3, 0.1
-  if name in ("fedavg", "fedprox"):
-    return delta, m, v
-  if name == "fedavgm":
-    m = 0.9 * m + delta
-    return m, m, v
-  if name == "fedopt":  # Adam, with bias correction and v from 0.
-    m = beta1 * m + (1 - beta1) * delta
-    v = 0.999 * v + 0.001 * delta**2
-    m_hat, v_hat = m / (1 - beta1**t), v / (1 - 0.999**t)
-    return rate * m_hat / (np.sqrt(v_hat) + 1e-8), m, v
-  m = delta if name == "fedadagrad" else beta1 * m + (1 - beta1) * delta
-  if name == "fedadagrad":
-    v = v + delta**2
-  elif name == "fedadam":
-    v = beta2 * v + (1 - beta2) * delta**2
-  else:
-    v = v - (1 - beta2) * delta**2 * np.sign(v - delta**2)
-  return rate * m / (np.sqrt(v) + tau), m, v
-
-
-def by_hand(name):
-  """[w, b] after each of the two rounds."""
-  w, m = np.array([0.5, -0.2, 0.1, 0.0]), np.zeros(4)
-  v = np.zeros(4) if name == "fedopt" else np.full(4, 1e-6)
-  result = []
-  for t, ids in enumerate(ROUNDS, start=1):
-    sizes = np.array([SOURCE.size(i) for i in ids])
-    mu = MU if name == "fedprox" else 0
-    deltas = np.stack([numpy_delta(w, i, mu) for i in ids])
-    step, m, v = numpy_server(name, sizes @ deltas / sizes.sum(), m, v, t)
-    w = w + step
-    result.append(w)
-  return result
+def fedavg():
+  algorithm = cases.build("fedavg")
+  return algorithm, jit(algorithm)
 
 
 def flat(state):
+  """[w, b]."""
   return np.append(state.trainable["w"], state.trainable["b"])
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_two_rounds_equal_the_paper_by_hand(name):
-  with jax.enable_x64(True):
-    algorithm, round_fn = compiled(name)
-    state = algorithm.init(start())
-    for ids, expected in zip(ROUNDS, by_hand(name)):
-      state, metrics = round_fn(state, None, pack(ids))
-      np.testing.assert_allclose(flat(state), expected, rtol=1e-10, atol=1e-12)
-      total = sum(SOURCE.size(i) for i in ids)
-      assert metrics["train/count"] == 10 * EPOCHS * total
-      assert metrics["clients/participating"] == len(ids)
+def two_rounds(algorithm):
+  """[w, b] after each of the two rounds."""
+  state, round_fn = algorithm.init(cases.linear_start()), jit(algorithm)
+  for ids in ROUNDS:
+    state, _ = round_fn(state, 0.0, cases.pack(ids))
+    yield flat(state)
 
 
-@pytest.mark.parametrize("name", NAMED)
-def test_contract(name):
-  with jax.enable_x64(True):
-    algorithm, round_fn = compiled(name)
-    first = start()
-    begin = algorithm.init(first)
-    assert begin.round == 0
-    assert begin.trainable["w"] is not first["w"]  # Its own copy: donatable.
-    state = begin
-    for index, ids in enumerate(ROUNDS):
-      state, metrics = round_fn(state, None, pack(ids))
-      assert state.round == index + 1
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
-    assert all(np.isfinite(x) and x.shape == () for x in metrics.values())
-    assert jax.tree.map(spec, begin) == jax.tree.map(spec, state)
-
-    # Float32 stays float32, in the optimizer's state too.
-    narrow = algorithm.init(start(jnp.float32))
-    after = jax.eval_shape(algorithm.round, narrow, None, pack(ROUNDS[0]))[0]
-    assert jax.tree.map(spec, narrow) == jax.tree.map(spec, after)
-
-    # Without jit; with clients in another order; with an absent client.
-    one, _ = round_fn(begin, None, pack(ROUNDS[0]))
-    plain, _ = algorithm.round(begin, None, pack(ROUNDS[0]))
-    turned, _ = round_fn(begin, None, pack(ROUNDS[0][::-1]))
-    cohort = reference.with_weights(pack([*ROUNDS[0], "client 1"]), {3: 0})
-    absent, _ = round_fn(begin, None, cohort)
-    for other in (plain, turned, absent):
-      np.testing.assert_allclose(flat(other), flat(one), rtol=1e-11, atol=1e-14)
-
-    assert algorithm.effective_base(state, "base") == "base"
-    assert algorithm.bytes_per_client(state) == (32, 32)
+def by_hand(rounds):
+  return [result["w"] for result in rounds]
 
 
-def spec(x):
-  return x.shape, x.dtype
+def mean_delta(weights):
+  """The mean of what the first cohort brings, by given weights."""
+  start = algorithm_numpy.START
+  deltas = [algorithm_numpy.descend(start, i)[0] - start for i in ROUNDS[0]]
+  return np.asarray(weights) @ np.stack(deltas) / np.sum(weights)
 
 
 @pytest.mark.parametrize(
-  "server_optimizer",
+  ("server_optimizer", "step"),
   [
-    None,
-    optax.yogi(0.1),
-    optax.chain(
-      optax.clip_by_global_norm(0.1),
-      optax.sgd(optax.linear_schedule(1.0, 0.0, 2), momentum=0.5),
-    ),
+    (optax.adagrad(0.1), algorithm_numpy.adagrad_of_optax),
+    (optax.yogi(0.1), algorithm_numpy.yogi_of_optax),
   ],
 )
-def test_any_optax_server_sees_the_negative_mean_delta(server_optimizer):
+def test_optax_servers_in_numpy(server_optimizer, step):
   with jax.enable_x64(True):
-    algorithm = algorithms.fedopt(
-      loss, client_optimizer=SGD, server_optimizer=server_optimizer
-    )
-    round_fn = jax.jit(algorithm.round)
-    optimizer = server_optimizer or optax.sgd(1.0)
-    state = algorithm.init(start())
-    w, opt = flat(state), optimizer.init(jnp.asarray(flat(state)))
-    for ids in ROUNDS:
-      state, _ = round_fn(state, None, pack(ids))
-      sizes = np.array([SOURCE.size(i) for i in ids])
-      deltas = np.stack([numpy_delta(w, i, 0) for i in ids])
-      updates, opt = optimizer.update(
-        jnp.asarray(-(sizes @ deltas) / sizes.sum()), opt, jnp.asarray(w)
-      )
+    algorithm = cases.build("fedopt", server_optimizer=server_optimizer)
+    got = list(two_rounds(algorithm))
+  expected = by_hand(algorithm_numpy.server(step))
+  np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
+def test_any_optax_server_sees_the_negative_mean_delta():
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(0.1),
+    optax.sgd(optax.linear_schedule(1.0, 0.0, 2), momentum=0.5),
+  )
+  with jax.enable_x64(True):
+    algorithm = cases.build("fedopt", server_optimizer=optimizer)
+    w = algorithm_numpy.START
+    opt = optimizer.init(jnp.asarray(w))
+    for ids, got in zip(ROUNDS, two_rounds(algorithm)):
+      deltas = [algorithm_numpy.descend(w, i)[0] - w for i in ids]
+      mean = algorithm_numpy.shares(ids) @ np.stack(deltas)
+      updates, opt = optimizer.update(jnp.asarray(-mean), opt, jnp.asarray(w))
       w = np.asarray(w + updates)
-      np.testing.assert_allclose(flat(state), w, rtol=1e-10)
+      np.testing.assert_allclose(got, w, rtol=1e-10)
 
 
 @pytest.mark.parametrize("weighting", ["tokens", "uniform"])
 def test_weighting(weighting):
   with jax.enable_x64(True):
-    algorithm = algorithms.fedavg(
-      loss, client_optimizer=SGD, weighting=weighting
-    )
-    ids = ROUNDS[0]
-    state = algorithm.init(start())
-    w = flat(state)
-    state, _ = jax.jit(algorithm.round)(state, None, pack(ids))
-    sizes = np.array([SOURCE.size(i) for i in ids])
-    weights = np.ones(3) if weighting == "uniform" else 10 * sizes
-    deltas = np.stack([numpy_delta(w, i, 0) for i in ids])
-    expected = w + weights @ deltas / weights.sum()
-    np.testing.assert_allclose(flat(state), expected, rtol=1e-10)
+    got = next(two_rounds(cases.build("fedavg", weighting=weighting)))
+  sizes = [10 * SOURCE.size(i) for i in ROUNDS[0]]
+  weights = np.ones(3) if weighting == "uniform" else sizes
+  expected = algorithm_numpy.START + mean_delta(weights)
+  np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
 def test_cohort_weights_multiply_the_clients_own():
   with jax.enable_x64(True):
-    algorithm, round_fn = compiled("fedavg")
-    ids = ROUNDS[0]
-    cohort = reference.with_weights(pack(ids), {0: 0.5, 1: 3.0})
-    state = algorithm.init(start())
-    w = flat(state)
-    state, _ = round_fn(state, None, cohort)
-    weights = np.array([SOURCE.size(i) for i in ids]) * [0.5, 3, 1]
-    deltas = np.stack([numpy_delta(w, i, 0) for i in ids])
-    expected = w + weights @ deltas / weights.sum()
-    np.testing.assert_allclose(flat(state), expected, rtol=1e-7)
+    algorithm, round_fn = fedavg()
+    cohort = reference.with_weights(cases.pack(ROUNDS[0]), {0: 0.5, 1: 3.0})
+    state = algorithm.init(cases.linear_start())
+    state, metrics = round_fn(state, 0.0, cohort)
+  weights = np.array([SOURCE.size(i) for i in ROUNDS[0]]) * [0.5, 3, 1]
+  expected = algorithm_numpy.START + mean_delta(weights)
+  np.testing.assert_allclose(flat(state), expected, rtol=1e-7)
+  total = sum(SOURCE.size(i) for i in ROUNDS[0])
+  assert metrics["train/count"] == 10 * cases.EPOCHS * total
+  assert metrics["clients/participating"] == 3
 
 
 def test_client_optimizer_may_depend_on_the_round():
   with jax.enable_x64(True):
-    scheduled = algorithms.fedavg(
-      loss, client_optimizer=lambda r: optax.sgd(RATE * (1.0 - r))
+    first, second = two_rounds(
+      cases.build(
+        "fedavg", client_optimizer=lambda r: optax.sgd(cases.RATE * (1.0 - r))
+      )
     )
-    state = scheduled.init(start())
-    round_fn = jax.jit(scheduled.round)
-    state, _ = round_fn(state, None, pack(ROUNDS[0]))
-    np.testing.assert_allclose(flat(state), by_hand("fedavg")[0], rtol=1e-10)
-    after, _ = round_fn(state, None, pack(ROUNDS[1]))  # A rate of 0.
-    np.testing.assert_array_equal(flat(after), flat(state))
+  expected = by_hand(algorithm_numpy.fedavg())[0]
+  np.testing.assert_allclose(first, expected, rtol=1e-10)
+  np.testing.assert_array_equal(second, first)  # A rate of 0.
+
+
+def test_schedules_of_configs_on_either_side_in_numpy():
+  """Linear over 4 rounds on the clients, cosine on the server."""
+  client = settings.ClientSettings(
+    optimizer="sgd", learning_rate=cases.RATE, schedule="linear"
+  )
+  server = settings.ServerSettings(
+    optimizer="sgd", learning_rate=0.8, schedule="cosine"
+  )
+  with jax.enable_x64(True):
+    got = list(
+      two_rounds(
+        cases.build(
+          "fedopt",
+          client_optimizer=choices.client_optimizer(client, 4),
+          server_optimizer=choices.server_optimizer("fedopt", server, 4),
+        )
+      )
+    )
+  w = algorithm_numpy.START
+  for r, ids in enumerate(ROUNDS):
+    local = 1 - r / 4  # Of the gradient, as the rate in NumPy is fixed.
+    ends = [
+      algorithm_numpy.descend(w, i, lambda g, v, k=local: k * g)[0] for i in ids
+    ]
+    mean = algorithm_numpy.shares(ids) @ (np.stack(ends) - w)
+    w = w + 0.8 * (1 + np.cos(np.pi * r / 4)) / 2 * mean
+    # Rates are float32, to 6e-8 of updates below 1.
+    np.testing.assert_allclose(got[r], w, rtol=0, atol=6e-8)
 
 
 def test_server_step_trains_on_the_servers_own_batch():
+  def server_step(trainable, base, batch, key):
+    del base, key
+    return jax.tree.map(lambda x: x + batch, trainable)
+
   with jax.enable_x64(True):
-    algorithm = algorithms.fedavg(
-      loss,
-      client_optimizer=SGD,
-      server_step=lambda trainable, base, batch, key: jax.tree.map(
-        lambda x: x + batch, trainable
-      ),
-    )
-    state = algorithm.init(start())
-    new, _ = jax.jit(algorithm.round)(state, None, pack(ROUNDS[0]), 2.0)
-    expected = by_hand("fedavg")[0] + 2
-    np.testing.assert_allclose(flat(new), expected, rtol=1e-10)
+    algorithm = cases.build("fedavg", server_step=server_step)
+    state = algorithm.init(cases.linear_start())
+    state, _ = jit(algorithm)(state, 0.0, cases.pack(ROUNDS[0]), 2.0)
+  expected = by_hand(algorithm_numpy.fedavg())[0] + 2
+  np.testing.assert_allclose(flat(state), expected, rtol=1e-10)
+
+
+def test_a_measured_rate_is_how_far_a_gradient_of_1_goes():
+  rho, eta = 0.9, 0.1
+  schedule = optax.linear_schedule(eta, 0.0, 4)
+  k = np.arange(1, 5)
+  for optimizer, expected in (
+    (optax.sgd(eta), 4 * eta),
+    (optax.sgd(schedule), eta * (4 + 3 + 2 + 1) / 4),
+    # |a|_1 of FedNova, section 4.1.
+    (optax.sgd(eta, rho), eta * np.sum((1 - rho**k) / (1 - rho))),
+    (lambda r: optax.sgd(eta * r), 4 * eta * 3),
+    (optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(eta)), 4 * eta),
+  ):
+    measured = measures.measure_rate(optimizer)(jnp.asarray(3))
+    w = {"w": jnp.ones(2)}
+    state = measured.init(w)
+    for _ in range(4):
+      _, state = measured.update({"w": jnp.full(2, 7.0)}, state, w)
+    np.testing.assert_allclose(state.total, expected, rtol=1e-6)
+    assert state.steps == 4
+
+
+ADAM = optax.adamw(0.1)
+BAD = [
+  ("fedavg", {"weighting": "token"}, ["weighting", "token", "tokens"]),
+  ("fedavg", {"seed": -1}, ["seed", "-1"]),
+  ("fedadam", {"seed": 2**32}, ["seed", str(2**32)]),
+  ("fedavg", {"seed": 0.5}, ["seed", "0.5"]),
+  ("fedprox", {"mu": -0.1}, ["mu: got -0.1", "[0, inf)"]),
+  ("fedprox", {"mu": float("nan")}, ["mu: got nan"]),
+  ("scaffold", {"client_optimizer": ADAM}, ["client_optimizer", "scaffold"]),
+  ("scaffold", {"num_clients": None}, ["num_clients: got None"]),
+  ("feddyn", {"alpha": 0.0}, ["alpha: got 0.0", "(0, inf)"]),
+  ("feddyn", {"num_clients": 0}, ["num_clients: got 0"]),
+  ("qfedavg", {"q": -1.0}, ["q: got -1.0"]),
+  (
+    "qfedavg",
+    {"client_optimizer": lambda r: ADAM},
+    ["client_optimizer", "SGD"],
+  ),
+  ("afl", {"mixture_learning_rate": -1.0}, ["mixture_learning_rate: got -1.0"]),
+  ("afl", {"num_clients": None}, ["num_clients: got None"]),
+  ("fedbuff", {"mean_delay": float("inf")}, ["mean_delay: got inf"]),
+  ("fedbuff", {"max_delay": -1}, ["max_delay: got -1"]),
+  ("fedper", {"num_clients": None}, ["num_clients: got None"]),
+  ("fedrep", {"local_share": 1.0}, ["local_share: got 1.0", "[0, 1)"]),
+  ("ditto", {"lam": -1.0}, ["lam: got -1.0"]),
+  ("per_fedavg", {"inner_learning_rate": -1.0}, ["inner_learning_rate: got"]),
+  ("ifca", {"num_clusters": 0}, ["num_clusters: got 0"]),
+  ("ifca", {"spread": -1.0}, ["spread: got -1.0"]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "words"), BAD)
+def test_bad_options_are_named(name, options, words):
+  with pytest.raises(errors.ConfigError) as raised:
+    cases.build(name, **options)
+  reference.check_message(raised.value, words)
 
 
 @pytest.mark.parametrize(
-  ("make", "words"),
+  ("local_parts", "words"),
   [
-    (
-      lambda: algorithms.fedavg(loss, client_optimizer=SGD, weighting="token"),
-      ["weighting", "token", "tokens"],
-    ),
-    (
-      lambda: algorithms.fedavg(loss, client_optimizer=SGD, seed=-1),
-      ["seed", "-1"],
-    ),
-    (
-      lambda: algorithms.fedadam(loss, client_optimizer=SGD, seed=2**32),
-      ["seed", str(2**32)],
-    ),
-    (
-      lambda: algorithms.fedavg(loss, client_optimizer=SGD, seed=0.5),
-      ["seed", "0.5"],
-    ),
-    (
-      lambda: algorithms.fedprox(loss, client_optimizer=SGD, mu=-0.1),
-      ["mu", "-0.1"],
-    ),
-    (
-      lambda: algorithms.fedprox(loss, client_optimizer=SGD, mu=float("nan")),
-      ["mu", "nan"],
-    ),
+    ((), ["local_parts: got ()"]),
+    ("w", ["local_parts: got 'w'", "list"]),
+    (("head",), ["local_parts: the trainable has no 'head'", "b, w"]),
+    (("b", "w"), ["local_parts: got ['b', 'w']", "nothing to share"]),
   ],
 )
-def test_bad_arguments_are_named(make, words):
+def test_local_parts_that_do_not_fit(local_parts, words):
   with pytest.raises(errors.ConfigError) as raised:
-    make()
+    cases.build("fedper", local_parts=local_parts).init(
+      cases.linear_start(jnp.float32)
+    )
   reference.check_message(raised.value, words)
+
+
+def test_momentum_is_no_adam():
+  for optimizer in (
+    optax.sgd(0.1),
+    optax.sgd(optax.linear_schedule(1.0, 0.0, 9), momentum=0.9),
+    optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    lambda r: optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9),
+  ):
+    measures.check_sgd(optimizer, "scaffold")
+
+
+def test_averaging_refuses_a_decay_of_1():
+  with pytest.raises(errors.ConfigError) as raised:
+    algorithms.averaged(fedavg()[0], 1.0)
+  reference.check_message(raised.value, ["decay: got 1.0", "[0, 1)"])

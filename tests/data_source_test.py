@@ -9,6 +9,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from reference import assert_one_line
 
 from fedfm import errors
 from fedfm.data import files, source
@@ -19,13 +20,6 @@ ODD_IDS = ["../../etc/passwd", "a\0b", "x" * 300, "né\n", " "]
 def _write(path, rows):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
-
-
-def _assert_one_line(error, *parts):
-  message = str(error.value)
-  assert "\n" not in message
-  for part in parts:
-    assert part in message
 
 
 def test_from_arrays_reads_back_what_was_given_and_protects_it():
@@ -56,13 +50,13 @@ def test_odd_ids_are_only_names():
 def test_bad_ids_are_refused(client_id):
   with pytest.raises(errors.DataError) as error:
     source.from_arrays({client_id: {"x": [1.0]}})
-  _assert_one_line(error, "client id")
+  assert_one_line(error, "client id")
 
 
 def test_repeated_ids_are_refused():
   with pytest.raises(errors.DataError) as error:
     source.ClientSource(["a", "b", "a"], len, dict)
-  _assert_one_line(error, "'a'", "repeated")
+  assert_one_line(error, "'a'", "repeated")
 
 
 def test_text_and_bfloat16_are_examples_too():
@@ -98,7 +92,7 @@ def test_text_and_bfloat16_are_examples_too():
 def test_from_arrays_refuses(bad, parts):
   with pytest.raises(errors.DataError) as error:
     source.from_arrays({"good": {"x": np.zeros([3, 2])}, "bad": bad})
-  _assert_one_line(error, *parts)
+  assert_one_line(error, *parts)
 
 
 def test_no_clients_are_refused():
@@ -111,7 +105,7 @@ def test_unknown_client_names_the_nearest():
   for method in (clients.read, clients.size, clients.index):
     with pytest.raises(errors.DataError) as error:
       method("client_l")
-    _assert_one_line(error, "'client_l'", "did you mean 'client_1'")
+    assert_one_line(error, "'client_l'", "did you mean 'client_1'")
 
 
 def test_subset_keeps_the_order_asked_for():
@@ -125,6 +119,21 @@ def test_subset_keeps_the_order_asked_for():
     source.subset(clients, ["a", "e"])
   with pytest.raises(errors.DataError, match="repeated"):
     source.subset(clients, ["a", "a"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_spread_covers_each_client_evenly(size, limit):
+  full = source.from_arrays({"a": {"x": np.arange(size)}})
+  few = source.spread(full, limit)
+  rows = few.read("a")["x"]
+  assert len(rows) == few.size("a") == min(size, limit)
+  gaps = np.diff(rows)
+  assert rows[0] == 0 and (gaps > 0).all()  # In order, none twice.
+  if len(rows) > 1:
+    assert rows[-1] == size - 1 and gaps.max() - gaps.min() <= 1
+  with pytest.raises(errors.ConfigError, match="num_examples: got 0"):
+    source.spread(full, 0)
 
 
 def test_sources_are_read_lazily():
@@ -174,7 +183,7 @@ def test_bad_lines_are_named(tmp_path, line, parts, compress):
   path.write_bytes(compress(b'{"user": "a", "text": "t"}\n\n' + line + b"\n"))
   with pytest.raises(errors.DataError) as error:
     files.from_jsonl(path, "user", "text")
-  _assert_one_line(error, f"{path}:3: ", *parts)
+  assert_one_line(error, f"{path}:3: ", *parts)
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -186,7 +195,7 @@ def test_unreadable_files_are_named(tmp_path):
   for path in (empty, cut, plain, tmp_path / "none.jsonl", tmp_path):
     with pytest.raises(errors.DataError) as error:
       files.from_jsonl(path, "user", "text")
-    _assert_one_line(error, str(path))
+    assert_one_line(error, str(path))
 
 
 def test_a_file_that_changed_after_indexing_is_noticed(tmp_path):
@@ -198,126 +207,6 @@ def test_a_file_that_changed_after_indexing_is_noticed(tmp_path):
   path.unlink()
   with pytest.raises(errors.DataError, match="No such file"):
     clients.read("a")
-
-
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
-  """Builds a data set in both formats' folders; returns the good one."""
-  tfds = pytest.importorskip("tensorflow_datasets")
-
-  class FedfmToy(tfds.core.GeneratorBasedBuilder):
-    """Three clients with numbers, text and a ragged field."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None
-
-    def _info(self):
-      features = {
-        "user": tfds.features.Text(),
-        "number": np.int64,
-        "x": tfds.features.Tensor(shape=(2,), dtype=np.float32),
-        "text": tfds.features.Text(),
-        "ragged": tfds.features.Sequence(np.int64),
-      }
-      return tfds.core.DatasetInfo(
-        builder=self, features=tfds.features.FeaturesDict(features)
-      )
-
-    def _split_generators(self, dl_manager):
-      return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-      for i in range(30):
-        yield (
-          i,
-          {
-            "user": "abc"[i % 3],
-            "number": i % 2,
-            "x": np.full(2, i, np.float32),
-            "text": f"té{i}",
-            "ragged": list(range(i)),
-          },
-        )
-
-  folder = tmp_path_factory.mktemp("tfds")
-  tfds.disable_progress_bar()
-  FedfmToy(data_dir=folder, file_format="array_record").download_and_prepare()
-  return folder
-
-
-def test_from_tfds_groups_by_client(tfds_dir):
-  clients = files.from_tfds(
-    "fedfm_toy", "train", "user", tfds_dir, fields=["x", "text"]
-  )
-  assert sorted(clients.ids) == ["a", "b", "c"]
-  assert [clients.size(c) for c in "abc"] == [10, 10, 10]
-  rows = clients.read("b")
-  assert rows.keys() == {"x", "text"}
-  assert rows["x"].dtype == np.float32 and rows["x"].shape == (10, 2)
-  assert sorted(rows["x"][:, 0]) == list(range(1, 30, 3))
-  assert rows["text"][0] == f"té{rows['x'][0, 0]:.0f}".encode()
-
-
-def test_from_tfds_takes_integer_clients_and_slices(tfds_dir):
-  clients = files.from_tfds(
-    "fedfm_toy", "train[:20]", "number", tfds_dir, fields=["x"]
-  )
-  assert sorted(clients.ids) == ["0", "1"]
-  assert sum(clients.size(c) for c in clients.ids) == 20
-
-
-@pytest.mark.parametrize(
-  "changes, parts",
-  [
-    ({"name": "no_such_data"}, ["'no_such_data'"]),
-    ({"split": "tran"}, ["'tran'", "train"]),
-    ({"client_key": "usr"}, ["'usr'", "did you mean 'user'"]),
-    ({"fields": ["txt"]}, ["'txt'", "did you mean 'text'"]),
-    ({"client_key": "x"}, ["record 0", "ndarray"]),
-    ({"name": "mnist"}, ["not prepared", "array_record"]),
-  ],
-)
-def test_from_tfds_refuses(tfds_dir, changes, parts):
-  arguments = {"name": "fedfm_toy", "split": "train", "client_key": "user"}
-  with pytest.raises(errors.DataError) as error:
-    files.from_tfds(**(arguments | changes), data_dir=tfds_dir)
-  _assert_one_line(error, *parts)
-
-
-def test_from_tfds_refuses_ragged_fields_when_read(tfds_dir):
-  clients = files.from_tfds("fedfm_toy", "train", "user", tfds_dir)
-  with pytest.raises(errors.DataError) as error:
-    clients.read("a")
-  _assert_one_line(error, "'a'", "'ragged'", "shape")
-
-
-def test_from_tfds_says_what_it_cannot_read_without_tensorflow(
-  tfds_dir, tmp_path
-):
-  made = tfds_dir / "fedfm_toy" / "1.0.0"
-  copy = tmp_path / "fedfm_toy" / "1.0.0"
-  copy.mkdir(parents=True)
-  for file in made.iterdir():
-    text = file.read_bytes()
-    if file.suffix == ".json":
-      text = text.replace(b"array_record", b"tfrecord")
-    (copy / file.name.replace("array_record", "tfrecord")).write_bytes(text)
-  with pytest.raises(errors.DataError) as error:
-    files.from_tfds("fedfm_toy", "train", "user", tmp_path)
-  _assert_one_line(error, "tfrecord", "without TensorFlow", "array_record")
-
-
-def test_from_tfds_says_when_files_are_damaged(tfds_dir, tmp_path):
-  made = tfds_dir / "fedfm_toy" / "1.0.0"
-  copy = tmp_path / "fedfm_toy" / "1.0.0"
-  copy.mkdir(parents=True)
-  for file in made.iterdir():
-    data = file.read_bytes()
-    cut = data if file.suffix == ".json" else data[: len(data) // 2]
-    (copy / file.name).write_bytes(cut)
-  with pytest.raises(errors.DataError) as error:
-    files.from_tfds("fedfm_toy", "train", "user", tmp_path, fields=["x"])
-  _assert_one_line(error, "fedfm_toy")
 
 
 def test_importing_sources_does_not_import_tfds():

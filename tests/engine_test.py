@@ -135,7 +135,7 @@ def stacked_messages(cohort, dtype=jnp.float32):
   )
 
 
-@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("bits", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_stacked_messages_equal_python_loop(bits):
   with jax.enable_x64(bits == 64):
     dtype = jnp.dtype(f"float{bits}")
@@ -183,7 +183,8 @@ def test_lora_round_equals_python_loop_scanned_and_unrolled():
   updates = []
   for scan_layers in (True, False):
     model = decoder(scan_layers=scan_layers)
-    params = jax.tree.map(lambda x: 5 * x, model.init(jax.random.key(0)))
+    # Well conditioned: a larger start makes rounding grow from step to step.
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
     adapter = adapters.lora(model, rank=2, targets=["q_proj", "up_proj"])
     loss = models.losses.language_model(adapters.loss_apply(adapter))
     algorithm = algorithms.fedavg(

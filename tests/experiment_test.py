@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import algorithm_cases
 import jax
 import ml_collections
 import numpy as np
@@ -14,11 +15,11 @@ import pytest
 import tiny
 
 from fedfm import (
-  assembly,
   choices,
   errors,
   experiment,
   metrics,
+  participation,
   run_folder,
   settings,
 )
@@ -173,7 +174,8 @@ def test_fewer_rounds_than_done_are_refused(finished):
 def test_rounds_are_fixed_where_a_schedule_reads_them(folder):
   config = tiny.config(folder, rounds=1, client={"schedule": "cosine"})
   stored = settings.to_dict(experiment.as_settings(config))
-  run_folder.claim(folder / "cosine", stored).close()
+  with run_folder.claim(folder / "cosine", stored) as claimed:
+    claimed.commit()
   with pytest.raises(errors.ConfigError, match="rounds: had 1, now 2"):
     experiment.train(config | {"rounds": 2}, folder / "cosine")
 
@@ -186,6 +188,7 @@ def assert_close_run(workdir, other, config):
     assert line == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_another_mesh_gives_the_same_numbers(finished, folder):
   config, workdir, _ = finished
   mesh = {"clients": 2, "fsdp": 2, "tensor": 2}
@@ -203,30 +206,42 @@ def test_one_device_gives_the_same_numbers(finished, folder):
   assert_close_run(folder / "one", workdir, config)
 
 
-@pytest.mark.parametrize("name", choices.ALGORITHMS)
+_QUICK = ("fedadam", "fedex_lora")  # The others take minutes in sum.
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow)
+    for name in choices.ALGORITHMS
+  ],
+)
 def test_every_algorithm_trains(folder, name):
-  config = tiny.config(
-    folder,
-    algorithm=name,
-    adapter={"targets": ("q_proj",)},
-    client={"proximal": 0.1 if name == "fedprox" else 0.0},
-    server={"learning_rate": 0.01, "optimizer": "adam"},
-  )
+  adapter = {"kind": "lora", "targets": ("q_proj",)}
+  changes = {"adapter": adapter} | algorithm_cases.config_of(name)
+  config = tiny.config(folder, **changes)
   with tiny.one_device():
     built = experiment.build(config)
   state = built.initial_state()
-  start = jax.device_get(state.trainable)
+
+  def model():
+    base = built.algorithm.effective_base(state, built.base)
+    return jax.device_get((built.algorithm.effective_trainable(state), base))
+
+  start = model()
   losses = []
   with jax.set_mesh(built.mesh):
     for index in range(2):
       state, got = built.run_round(state, built.base, built.cohort(index))
       losses.append(float(got["train/loss"]))
-  end = jax.device_get(state.trainable)
+  end = model()
   assert np.isfinite(losses).all() and int(state.round) == 2
-  for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(end)):
-    assert np.isfinite(after).all() and np.any(before != after)
+  pairs = list(zip(jax.tree.leaves(start), jax.tree.leaves(end)))
+  assert all(np.isfinite(after).all() for _, after in pairs)
+  assert any(np.any(before != after) for before, after in pairs)
 
 
+@pytest.mark.slow
 def test_the_server_rate_follows_its_schedule(finished, folder):
   config, _, _ = finished
   results = {}
@@ -268,10 +283,12 @@ def test_a_round_without_clients_changes_nothing(folder):
       eval={"every": 1},
     )
 
-  ids = assembly.load_data(experiment.as_settings(config(0)))[0].train.ids
+  ids = experiment.build(config(0)).data.train.ids
 
   def sizes(seed):
-    sampler = choices.sampler(experiment.as_settings(config(seed)), ids, None)
+    sampler = participation.sampler(
+      experiment.as_settings(config(seed)), ids, len
+    )
     return [len(sampler.sample(r)) for r in range(3)]
 
   seed = next(s for s in range(1000) if sizes(s) == [1, 0, 1])

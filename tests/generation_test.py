@@ -198,6 +198,7 @@ def test_new_values_do_not_compile_again():
   assert generation._run._cache_size() == before
 
 
+@pytest.mark.slow
 def test_sharded_equals_one_device():
   model, params = make()
   mesh = sharding.make_mesh({"clients": 2, "fsdp": 2, "tensor": 2})

@@ -1,5 +1,6 @@
-"""What the compiled round of LoRA does with the base, read in its HLO."""
+"""What the compiled round does with the base and the lanes, read in its HLO."""
 
+import collections
 import functools
 import re
 
@@ -8,24 +9,24 @@ import numpy as np
 import optax
 import pytest
 
-from fedfm import adapters, algorithms, clients, data, models, sharding, trees
+from fedfm import (
+  adapters,
+  algorithms,
+  blueprint,
+  clients,
+  data,
+  models,
+  sharding,
+)
+from fedfm.scaling import hlo
 
 LANES, BATCH, LENGTH, NUM_CLIENTS = 4, 2, 11, 8
 TARGETS = ["q_proj", "up_proj"]
 # All sizes differ, so that a shape in the HLO says what it belongs to.
 CONFIG = models.DecoderConfig(
-    vocab_size=32, width=16, num_layers=2, num_heads=4, head_dim=6,
+    vocab_size=52, width=16, num_layers=2, num_heads=4, head_dim=6,
     num_kv_heads=2, mlp_width=40,
 )  # fmt: skip
-_COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "ragged-all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-)
 
 
 def text_source():
@@ -43,55 +44,92 @@ def text_source():
   )
 
 
-@functools.cache
-def compiled_text(mesh_shape=None):
-  """Optimized HLO of a round, and the trainable."""
+def make_round(kind, mesh, chunk=0):
+  """(algorithm, base, trainable) of a round of LoRA or of full training."""
   model = models.decoder(CONFIG)
-  adapter = adapters.lora(model, rank=3, targets=TARGETS)
-  loss = models.losses.language_model(adapters.loss_apply(adapter))
+  if kind == "lora":
+    adapter = adapters.lora(model, rank=3, targets=TARGETS)
+  else:
+    adapter = adapters.full(model)
+  loss = models.losses.language_model(
+    adapters.loss_apply(adapter),
+    unembed=adapters.loss_unembed(adapter, model),
+    chunk=chunk,
+  )
   algorithm = algorithms.fedavg(loss, client_optimizer=optax.adam(0.01))
-  params = model.init(jax.random.key(0))
-  state = algorithm.init(adapter.init(jax.random.key(1), params))
+  base, place = model.init(jax.random.key(0)), None
+  if mesh is not None:
+    places = sharding.shardings(mesh, model.axes, model.shapes)
+    base = jax.device_put(base, places)
+    place = blueprint.trainable_shardings(mesh, model, adapter)
+  init = jax.jit(adapter.init, out_shardings=place)
+  trainable = init(jax.random.key(1), base)
+  return algorithm, None if kind == "full" else base, trainable
+
+
+# Of LLVM, which comes after HLO and takes most of the time.
+FAST_COMPILE = {"xla_backend_optimization_level": "0"}
+
+
+@functools.cache
+def on_one_device():
+  """The module of a LoRA round."""
+  algorithm, base, trainable = make_round("lora", None)
   source = text_source()
   cohort = data.pack(source, source.ids, lanes=LANES, batch_size=BATCH)
-  round_fn = jax.jit(
-    algorithm.round,
-    donate_argnums=0,
-    # Of LLVM, which comes after HLO and takes most of the time.
-    compiler_options={"xla_backend_optimization_level": "0"},
+  lowered = jax.jit(algorithm.round, donate_argnums=0).lower(
+    algorithm.init(trainable), base, cohort
   )
-  if mesh_shape is None:
-    return round_fn.lower(state, params, cohort).compile().as_text(), state
+  return hlo.parse(lowered.compile(FAST_COMPILE).as_text())
+
+
+@functools.cache
+def lowered_on_mesh(kind, mesh_shape):
+  """A round lowered for a mesh, and its trainable as it is placed there."""
   mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_shape)))
+  algorithm, base, trainable = make_round(kind, mesh, chunk=2 * BATCH)
+  source = text_source()
+  cohort = data.pack(source, source.ids, lanes=LANES, batch_size=BATCH)
   with jax.set_mesh(mesh):
-    placed = jax.device_put(
-      params, sharding.shardings(mesh, model.axes, model.shapes)
+    places = blueprint.state_shardings(
+      mesh, algorithm, base, trainable, NUM_CLIENTS
     )
-    state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
-    lowered = round_fn.lower(state, placed, clients.put(cohort, mesh))
-    return lowered.compile().as_text(), state
+    state = jax.jit(algorithm.init, out_shardings=places)(trainable)
+    lowered = blueprint.jit_round(mesh, algorithm.round, places).lower(
+      state, base, clients.put(cohort, mesh)
+    )
+  return mesh, lowered, trainable
 
 
-def shapes_in(text):
-  """All array shapes in a piece of HLO: [(3, 4), ...]."""
-  found = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]", text)
-  return [tuple(int(n) for n in dims.split(",") if n) for dims in found]
+@functools.cache
+def on_mesh(kind, mesh_shape):
+  """(mesh, module, shapes of a device's shards of the trainable)."""
+  mesh, lowered, trainable = lowered_on_mesh(kind, mesh_shape)
+  module = hlo.parse(lowered.compile(FAST_COMPILE).as_text())
+  shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(trainable)]
+  return mesh, module, shards
 
 
-def dots(text):
+def instructions(module):
+  return [
+    one
+    for computation in module.computations.values()
+    for one in computation.instructions.values()
+  ]
+
+
+def dots(module):
   """Yields (operand shapes, whether it has batch dimensions) of every dot."""
-  shapes = {}
-  for name, value in re.findall(r"%([\w.-]+) = (\S+\[[\d,]*\])", text):
-    shapes[name] = shapes_in(value)[0]
-  for operands, rest in re.findall(r" dot\(([^)]*)\)(.*)", text):
-    names = re.findall(r"%([\w.-]+)", operands)
-    assert len(names) == 2, operands
-    yield [shapes[n] for n in names], "batch_dims={" in rest
+  for computation in module.computations.values():
+    for one in computation.instructions.values():
+      if one.opcode == "dot":
+        operands = [computation.instructions[n] for n in one.operands]
+        batched = "batch_dims={" in one.attributes
+        yield [x.shapes[0].dims for x in operands], batched
 
 
 def test_base_product_is_one_matmul_over_all_lanes():
-  text, _ = compiled_text()
-  found = list(dots(text))
+  found = list(dots(on_one_device()))
   tokens = LANES * BATCH * LENGTH
   kernels = models.decoder(CONFIG).shapes["layers"]
   by_shape = {}
@@ -120,57 +158,6 @@ def test_base_product_is_one_matmul_over_all_lanes():
   assert any(batched and (LANES, 16, 3) in ops for ops, batched in found)
 
 
-def integers(text):
-  return [int(n) for n in text.split(",")]
-
-
-def device_order(dims, permutation, num_devices):
-  """Partition ids counted in another order, as HLO's `[4,2]T(1,0)` says it."""
-  ids = np.arange(num_devices)
-  if dims:
-    ids = ids.reshape(integers(dims))
-  if permutation:
-    ids = ids.transpose(integers(permutation))
-  return ids.reshape(-1)
-
-
-def replica_groups(line, num_devices):
-  """Groups of partition ids of a collective, in any of HLO's forms."""
-  listed = re.search(
-    r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line
-  )
-  if listed:
-    return [
-      [int(n) for n in group.split(",")]
-      for group in re.findall(r"\{([\d,]+)\}", listed[1])
-    ]
-  iota = re.search(
-    r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
-  )
-  if iota:
-    ids = device_order(iota[2], iota[3], num_devices)
-    return ids.reshape(integers(iota[1])).tolist()
-  mesh = re.search(
-    r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\]"
-    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
-    r" \{((?:'\w+',?)*)\}",
-    line,
-  )
-  if mesh:
-    axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
-    over = re.findall(r"'(\w+)'", mesh[4])
-    names = [name for name, _ in axes]
-    ids = device_order(mesh[2], mesh[3], num_devices)
-    ids = ids.reshape([int(size) for _, size in axes])
-    rest = [i for i, name in enumerate(names) if name not in over]
-    inside = [names.index(name) for name in over]
-    size = int(np.prod([ids.shape[i] for i in inside]))
-    return ids.transpose(rest + inside).reshape(-1, size).tolist()
-  if "replica_groups={}" in line:
-    return [list(range(num_devices))]
-  raise AssertionError(f"no groups in {line}")
-
-
 @pytest.mark.parametrize(
   ("line", "groups"),
   [
@@ -189,48 +176,102 @@ def replica_groups(line, num_devices):
   ],
 )
 def test_replica_groups_are_read_in_all_forms(line, groups):
-  assert replica_groups(line, 4) == groups
+  assert hlo.replica_groups(line, 4) == groups
 
 
-def collectives(text, num_devices):
-  """Yields (operation, shapes of its results, groups)."""
-  pattern = r"= (.*?) (" + "|".join(_COLLECTIVES) + r")(?:-start)?\("
-  for line in text.splitlines():
-    found = re.search(pattern, line)
-    if found:
-      groups = replica_groups(line, num_devices)
-      yield found[2], shapes_in(found[1]), groups
+def collectives(mesh, module):
+  """Yields (operation, dimensions of each result, mesh axes)."""
+  for one in instructions(module):
+    kind = one.opcode.removesuffix("-start")
+    if kind in hlo.COLLECTIVES:
+      groups = hlo.replica_groups(one.attributes, mesh.size)
+      axes = hlo.group_axes(groups, mesh.shape)
+      yield kind, [shape.dims for shape in one.shapes], axes
 
 
-@pytest.mark.parametrize("mesh_shape", [(4, 2, 1), (2, 2, 2)])
-def test_only_reductions_of_the_trainable_cross_clients(mesh_shape):
-  text, state = compiled_text(mesh_shape)
-  per_client = mesh_shape[1] * mesh_shape[2]
-  leaves = [x.shape for x in jax.tree.leaves(state.trainable)]
+ROUNDS = [("lora", (2, 2, 2)), ("full", (2, 2, 2))]
+MORE = pytest.param("lora", (4, 2, 1), marks=pytest.mark.slow)
 
-  def part_of_trainable(shape):
-    return any(
-      len(leaf) == len(shape) and all(n % m == 0 for n, m in zip(leaf, shape))
-      for leaf in leaves
-    )
 
-  crossing, local = [], []
-  for operation, shapes, groups in collectives(text, 8):
-    crosses = any(
-      len({device // per_client for device in group}) > 1 for group in groups
-    )
-    (crossing if crosses else local).append((operation, shapes))
-  for operation, shapes in crossing:
-    assert operation in ("all-reduce", "reduce-scatter"), (operation, shapes)
-    for shape in shapes:
-      small = np.prod(shape) <= NUM_CLIENTS
-      assert small or part_of_trainable(shape), (operation, shape)
-  # The sum of the trainable does cross, once.
-  crossed = [shape for _, shapes in crossing for shape in shapes]
-  elements = sum(int(np.prod(s)) for s in crossed if part_of_trainable(s))
-  total = trees.num_elements(state.trainable)
-  assert total / mesh_shape[2] <= elements <= total
-  # And the base is gathered, layer by layer, inside a client's devices only.
-  gathered = [s for op, shapes in local if op == "all-gather" for s in shapes]
-  q_columns = 24 // mesh_shape[2]
-  assert any(set(s[-2:]) == {16, q_columns} for s in gathered)
+@pytest.mark.parametrize(("kind", "mesh_shape"), [*ROUNDS, MORE], ids=str)
+def test_exactly_the_trainable_is_reduced_over_clients(kind, mesh_shape):
+  mesh, module, shards = on_mesh(kind, mesh_shape)
+  crossed = []
+  for operation, shapes, axes in collectives(mesh, module):
+    if "clients" in axes:
+      assert operation in ("all-reduce", "reduce-scatter"), (operation, shapes)
+      crossed += shapes
+  # Beside each shard of the trainable, once: scalars, and one a client.
+  large = [shape for shape in crossed if np.prod(shape) > NUM_CLIENTS]
+  assert sorted(map(sorted, large)) == sorted(map(sorted, shards))
+  assert len(crossed) > len(large)
+
+
+@pytest.mark.parametrize(("kind", "mesh_shape"), [*ROUNDS, MORE], ids=str)
+def test_weights_are_gathered_within_a_client_only(kind, mesh_shape):
+  mesh, module, _ = on_mesh(kind, mesh_shape)
+  gathered = collections.Counter()
+  for operation, shapes, axes in collectives(mesh, module):
+    if operation == "all-gather":
+      assert "clients" not in axes, shapes
+      if axes == ("fsdp",):
+        gathered.update(frozenset(shape[-2:]) for shape in shapes)
+  # Layer by layer, forward and backward.
+  for columns in (24, 40):
+    assert gathered[frozenset({16, columns // mesh.shape["tensor"]})] >= 2
+
+
+@pytest.mark.parametrize(("kind", "mesh_shape"), [*ROUNDS, MORE], ids=str)
+def test_lanes_hold_only_their_shards(kind, mesh_shape):
+  """Weights, both moments of Adam, and the sum over clients, in the loop."""
+  mesh, module, shards = on_mesh(kind, mesh_shape)
+  entry = module.computations[module.entry].instructions.values()
+  (loop,) = [one for one in entry if one.opcode == "while"]
+  carried = collections.Counter(shape.dims for shape in loop.shapes)
+  lanes = LANES // mesh.shape["clients"]
+  for shard, count in collections.Counter(shards).items():
+    assert carried[(lanes, *shard)] >= 4 * count, shard
+  whole = {
+    (lanes, *x.shape)
+    for x in jax.tree.leaves(lowered_on_mesh(kind, mesh_shape)[2])
+    if x.sharding.shard_shape(x.shape) != x.shape
+  }
+  assert whole and not whole & set(carried)
+
+
+def test_activations_are_split_over_clients_by_their_own_constraints():
+  """Each constraint of a lane's value names the axis; propagation may not."""
+  _, lowered, _ = lowered_on_mesh("lora", (2, 2, 2))
+  found = re.findall(
+    r"sharding_constraint %\S+ <@mesh, \[(.*?)\]> : tensor<(\S+)xf32>",
+    lowered.as_text(),
+  )
+  activations = [
+    spec.split("}, {")
+    for spec, dims in found
+    if dims.startswith(f"{LANES}x{BATCH}x{LENGTH}x")
+  ]
+  assert len(activations) >= 4
+  for spec in activations:
+    assert spec[:2] == ['{"clients"', '"fsdp"']
+
+
+def logits_of_all_tokens(module, mesh_shape=(1, 1, 1)):
+  """Arrays as large as all of a device's logits."""
+  _, fsdp, tensor = mesh_shape
+  vocab = CONFIG.vocab_size // tensor
+  return [
+    shape
+    for one in instructions(module)
+    for shape in one.shapes
+    if vocab in shape.dims
+    and {LENGTH, LENGTH - 1} & set(shape.dims)
+    and shape.size >= BATCH // fsdp * (LENGTH - 1) * vocab
+  ]
+
+
+def test_all_logits_never_exist_at_once():
+  assert logits_of_all_tokens(on_one_device())  # The plain loss.
+  for kind, mesh_shape in ROUNDS:
+    _, module, _ = on_mesh(kind, mesh_shape)
+    assert not logits_of_all_tokens(module, mesh_shape)

@@ -23,14 +23,13 @@ def refuse(folder, *words, error=errors.CheckpointError, **options):
 @pytest.mark.parametrize(
   "fields,words",
   [
-    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2", "LlamaForCausalLM"]),
+    ({"architectures": ["OPTForCausalLM"]}, ["OPT", "LlamaForCausalLM"]),
     ({"architectures": None, "model_type": "bert"}, ["LlamaForCausalLM"]),
-    ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling", "llama3"]),
-    ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "linear"]),
-    ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
+    ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling.", "missing"]),
+    ({"rope_parameters": {"rope_type": "x"}}, ["rope_parameters", "'x'"]),
     ({"rope_parameters": 3}, ["rope_parameters"]),
-    ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-    ({"attention_bias": True}, ["attention_bias"]),
+    ({"hidden_act": "tanh"}, ["hidden_act", "tanh", "silu"]),
+    ({"attention_bias": True}, ["q_proj.bias", "missing"]),
     ({"quantization_config": {}}, ["quantization_config"]),
     ({"hidden_size": None}, ["hidden_size", "missing"]),
     ({"hidden_size": "16"}, ["hidden_size", "'16'", "int"]),
@@ -155,7 +154,7 @@ def test_save_refuses_what_is_not_the_model(tmp_path):
   refuse_save(
     model, params | {"embed": params["embed"][:3]}, "embed", "(3, 16)"
   )
-  refuse_save(linen.Model(None, None, None), {}, "only decoders")
+  refuse_save(linen.Model(None, None, None), {}, "only models")
   refuse_save(
     model, params, "other weights", folder=tmp_path, max_shard_bytes=1
   )

@@ -11,20 +11,22 @@ MAX_LINES = 400
 BANNED_NAMES = {"utils", "util", "common", "helpers", "misc"}
 
 # Each part with the parts that it may import; an import only points up here.
-_CORE = {"errors", "types", "trees", "sharding"}
+_CORE = {"errors", "types", "trees", "sharding", "sums"}
 _LOCAL = _CORE | {"models", "adapters", "clients"}
-_FEDERATED = _LOCAL | {"aggregators", "privacy"}
+_FEDERATED = _LOCAL | {"aggregators", "compression", "privacy"}
 _STUDIES = _FEDERATED | {"algorithms"}
 _RECORDS = {"errors", "types", "trees", "sharding", "run_folder"}
 ALLOWED = {
   "errors": set(),
   "trees": set(),
+  "sums": set(),
   "types": {"errors", "trees"},
   "sharding": {"errors", "trees"},
   "models": _CORE,
   "adapters": _CORE | {"models"},
   "clients": _CORE | {"models", "adapters"},
   "aggregators": _LOCAL,
+  "compression": _LOCAL,
   "privacy": _LOCAL,
   "algorithms": _FEDERATED,
   "attacks": _STUDIES,
@@ -32,21 +34,40 @@ ALLOWED = {
   "ownership": _STUDIES,
   "contribution": _STUDIES,
   "completion": {"errors", "data", "models"},
+  "questions": {"errors", "types", "data", "models", "completion"},
   "evaluation": _FEDERATED | {"report"},
   "data": {"errors", "types"},
   "run_folder": {"errors"},
+  "run_log": {"errors", "metrics"},
+  "goodput": set(),
+  "guard": set(),
+  "interruption": set(),
+  "processes": {"errors"},
   "checkpoint": _RECORDS,
+  "model_folders": {"errors", "sharding", "models", "checkpoint"},
   "metrics": _RECORDS,
   "report": _RECORDS | {"metrics"},
   "prefetch": set(),
 }
 # The experiment's own parts may import everything above, and each other.
 EXPERIMENT = {
+  "arm_runs",
   "assembly",
   "baselines",
+  "blueprint",
   "choices",
+  "comparison",
+  "dispatch",
   "experiment",
+  "hosting",
+  "ledger",
+  "participation",
+  "personalization",
   "planning",
+  "population",
+  "protection",
+  "recording",
+  "rounds",
   "settings",
 }
 SCALING = {"scaling"}
@@ -58,6 +79,7 @@ ONLY = {
   "array_record": {"data"},
   "ml_collections": {"experiment"},
   "absl": {"experiment"},
+  "dp_accounting": {"privacy"},
   "chex": set(),
   "tensorflow": set(),
   "torch": set(),

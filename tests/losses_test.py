@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedfm import errors
 from fedfm.models import losses
 
 VOCAB = 7
@@ -127,3 +128,89 @@ def test_classification_of_padding_only_is_zero():
   run = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, _), gradient = run(jnp.ones(()), None, batch, None)
   assert float(loss) == 0 and float(gradient) == 0
+
+
+CHUNK_BATCH, CHUNK_SEQ, CHUNK_VOCAB, CHUNK_WIDTH = 3, 10, 23, 4
+
+
+def hidden_or_logits(trainable, base, tokens, output="logits"):
+  """A model in two parts, so that its head can be applied to some tokens."""
+  hidden = jnp.tanh((trainable["table"] + base)[tokens])
+  if output == "hidden":
+    return hidden
+  return soft_capped_head(trainable, base)(hidden)
+
+
+def soft_capped_head(trainable, base):
+  del base
+  return lambda hidden: 2 * jnp.tanh(hidden @ trainable["head"] / 2)
+
+
+def chunk_example(dtype):
+  rng = np.random.default_rng(5)
+  trainable = {
+    "table": rng.normal(size=(CHUNK_VOCAB, CHUNK_WIDTH)),
+    "head": rng.normal(size=(CHUNK_WIDTH, CHUNK_VOCAB)),
+  }
+  trainable = jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable)
+  shape = (CHUNK_BATCH, CHUNK_SEQ)
+  batch = {
+    "tokens": rng.integers(0, CHUNK_VOCAB, shape),
+    "loss_mask": rng.integers(0, 2, shape).astype(dtype),
+    "mask": np.array([1, 0, 1], dtype),
+  }
+  return trainable, jnp.asarray(0.1, dtype), batch, None
+
+
+def value_and_gradient(chunk):
+  loss_fn = losses.language_model(
+    hidden_or_logits, unembed=soft_capped_head, chunk=chunk
+  )
+  return jax.value_and_grad(loss_fn, has_aux=True)
+
+
+# One position a row; and four, which do not divide the length.
+@pytest.mark.parametrize("chunk", [1, 12])
+@pytest.mark.parametrize(
+  ("dtype", "limit"), [("float32", 2e-6), ("float64", 0)]
+)
+def test_chunks_change_nothing(chunk, dtype, limit):
+  with jax.enable_x64(dtype == "float64"):
+    example = chunk_example(dtype)
+    expected = value_and_gradient(0)(*example)
+    assert float(expected[0][1]["tokens"]) > 5
+    got = value_and_gradient(chunk)(*example)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+      assert a.dtype == b.dtype == dtype
+      np.testing.assert_allclose(a, b, rtol=limit or 1e-13, atol=limit or 1e-15)
+
+
+def sizes_in(jaxpr):
+  """Sizes of all values in a jaxpr and in those inside it."""
+  for equation in jaxpr.eqns:
+    yield from (v.aval.size for v in equation.outvars)
+    for inner in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        yield from sizes_in(inner)
+
+
+def largest(chunk):
+  run = value_and_gradient(chunk)
+  example = chunk_example("float32")
+  return max(sizes_in(jax.make_jaxpr(run)(*example).jaxpr))
+
+
+def test_all_logits_never_exist_at_once():
+  rows = CHUNK_BATCH * CHUNK_VOCAB
+  assert largest(0) >= rows * (CHUNK_SEQ - 1)
+  # Of a chunk of 2 positions a row there are logits, and nothing is larger.
+  assert largest(2 * CHUNK_BATCH) == rows * 2
+
+
+def test_a_bad_chunk_is_named():
+  with pytest.raises(errors.ConfigError, match="loss_chunk: got -1"):
+    losses.language_model(hidden_or_logits, unembed=soft_capped_head, chunk=-1)
+  with pytest.raises(errors.ConfigError, match="loss_chunk: got 8, .* unembed"):
+    losses.language_model(hidden_or_logits, chunk=8)

@@ -114,7 +114,7 @@ def test_a_line_cut_by_a_full_disk_is_taken_back(tmp_path, monkeypatch):
   real = os.write
   with monkeypatch.context() as patch:
     patch.setattr(os, "write", lambda fd, data: real(fd, data[:5]))
-    with pytest.raises(errors.CheckpointError, match="no space left"):
+    with pytest.raises(errors.SaveError, match="no space left"):
       writer.write({"round": 2})
   writer.write({"round": 2})
   writer.close()
@@ -127,6 +127,26 @@ def test_tensorboard_events_are_written_beside(tmp_path):
       writer.write({"round": 1 if resume is None else 2, "train/loss": 0.5})
   files = list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
   assert files and any(b"train/loss" in f.read_bytes() for f in files)
+
+
+def test_a_full_disk_is_an_error_and_no_hang(tmp_path):
+  """Through /dev/full, whose every write fails as on a full disk."""
+  with metrics.MetricsWriter(tmp_path) as writer:
+    writer.write({"round": 0, "train/loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    for name, message in (("events", "tensorboard: "), ("lines", "jsonl: ")):
+      full = os.open("/dev/full", os.O_WRONLY)
+      if name == "events":
+        writer._events._writer._py_recordio_writer._writer = os.fdopen(
+          full, "wb"
+        )
+      else:
+        os.dup2(full, writer._fd)
+      for _ in range(2):
+        with pytest.raises(errors.SaveError, match=f"{message}.*No space left"):
+          writer.write({"round": 1, "train/loss": 1.0})
+  assert events.stat().st_size > 0
+  assert metrics.read(tmp_path)[0] == {"round": 0, "train/loss": 1.0}
 
 
 class Terminal(io.StringIO):

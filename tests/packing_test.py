@@ -1,6 +1,8 @@
 """Packing: nothing lost, nothing doubled, and the same on any processes."""
 
 import dataclasses
+import re
+import types
 
 import hypothesis
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from fedfm import data, errors
+from fedfm import data, errors, planning, settings
 from fedfm.data import packing
 
 
@@ -201,7 +203,7 @@ def test_processes_hold_their_own_lanes_of_one_layout(
       for name, expected in whole.batches.items():
         got = np.concatenate([v[name] for v in values])
         np.testing.assert_array_equal(got, expected)
-    elif field.name in ("boundaries", "num_segments", "order"):
+    elif field.name in ("boundaries", "num_segments", "order", "aligned"):
       for value in values:
         np.testing.assert_array_equal(value, getattr(whole, field.name))
     else:
@@ -246,6 +248,26 @@ def test_auto_lanes():
     lanes = packing.auto_lanes([3] * 1000, devices, on_cpu=False)
     assert lanes % devices == 0
     assert lanes > devices
+
+
+@pytest.mark.parametrize(
+  ("platform", "lanes", "why"),
+  [
+    ("cpu", "auto", "one for each of 2 along mesh.clients, as these are CPU"),
+    ("tpu", "auto", "up to 16 for each of 2 .* the first cohort keeps 3 busy"),
+    ("tpu", 4, None),
+  ],
+)
+def test_a_run_says_which_lanes_it_has_and_why(platform, lanes, why):
+  device = types.SimpleNamespace(platform=platform)
+  mesh = types.SimpleNamespace(
+    shape={"clients": 2}, devices=np.array([device, device])
+  )
+  work = planning.Work(list("abcd"), [4, 4, 3, 1], [1.0] * 4, 4)
+  config = settings.Settings(lanes=lanes)
+  text = planning.say_lanes(config, lambda round_index: work, mesh, 4)
+  expected = rf"4 lanes \(lanes = 'auto': {why}.*\)" if why else "4 lanes"
+  assert re.fullmatch(expected, text), text
 
 
 def test_empty_cohort_has_no_segments():

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from fedfm import errors
+from fedfm import data, errors
 from fedfm.data import partition
 
 
@@ -135,6 +135,20 @@ def test_by_key_makes_a_client_of_each_value():
   numbered = partition.by_key({"x": [1, 2, 3], "n": [700, 7, 7]}, "n")
   assert numbered.ids == ("client_00007", "client_00700")
   assert numbered.read("client_00007")["x"].tolist() == [2, 3]
+
+
+def test_merged_clients_hold_all_examples_in_even_parts():
+  members = data.from_arrays(
+    {f"member {n}": {"x": np.full(n, n)} for n in (1, 2, 3, 4, 6)}
+  )
+  whole = partition.merged(members, 2)
+  assert whole.ids == ("client_00000", "client_00001")
+  # Largest first to the smallest: 6, then 4 and 3, then 2, then 1.
+  got = [whole.read(i)["x"].tolist() for i in whole.ids]
+  assert got == [[6] * 6 + [2] * 2, [4] * 4 + [3] * 3 + [1]]
+  assert [whole.size(i) for i in whole.ids] == [8, 8]
+  with pytest.raises(errors.ConfigError, match="num_clients: got 6, .* 5 to"):
+    partition.merged(members, 6)
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,9 @@ def test_new_algorithm_is_short_and_does_what_it_says():
   )
   # One step of rate 1 lands on each target; the median of 1, 2, -5 is 1.
   np.testing.assert_allclose(state.trainable, 1.0, rtol=1e-6)
+
+
+def test_a_users_own_module_takes_an_adapter():
+  names = _run("from flax import linen")
+  assert names["logits"].shape == (4, 3)
+  assert set(names["trainable"]) == {"up/kernel"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,20 @@ import numpy as np
 import optax
 
 from fedfm import data
+from fedfm.clients import engine
 from fedfm.data import packing
-from fedfm.types import ServerState
+from fedfm.types import ClientInfo, ServerState
 
 # Heavy-tailed, with one client smaller than a batch and partial last batches.
 SIZES = (21, 9, 6, 4, 3, 2, 1, 1)
 BATCH = 4
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "all-to-all",
+  "reduce-scatter",
+  "collective-permute",
+)
 
 
 def client_ids(sizes=SIZES):
@@ -108,6 +117,61 @@ def client_delta(
   return jax.tree.map(jnp.subtract, params, trainable)
 
 
+def run_cohort_by_loop(
+    update, aggregator, aggregator_state, broadcast, base, cohort,
+    client_states, key, round_index,
+):  # fmt: skip
+  """`engine.run_cohort` as plain Python: one client after another, no jit."""
+  count = int(np.sum(np.asarray(cohort.order) >= 0))
+  slots = cohort.row.shape[1]
+  round_key = jax.random.fold_in(key, round_index)
+  states = jax.tree.map(np.array, client_states)
+  rows = []
+  for position in range(count):
+    lane, steps = rows_of(cohort, position)
+    at = lane, int(cohort.order[position]) % slots
+    client_key = round_key
+    for word in cohort.id_hash[at]:
+      client_key = jax.random.fold_in(client_key, word)
+    fields = ("row", "num_examples", "num_steps", "weight", "rate")
+    info = ClientInfo(
+      key=client_key,
+      round=jnp.asarray(round_index),
+      **{f: jnp.asarray(getattr(cohort, f)[at]) for f in fields},
+    )
+    own = jax.tree.map(lambda x, at=at: jnp.asarray(x[at]), states)
+    carry = update.start(broadcast, own, info)
+    for index, t in enumerate(range(steps.start, steps.stop)):
+      batch = {k: jnp.asarray(x[lane, t]) for k, x in cohort.batches.items()}
+      step_key = jax.random.fold_in(client_key, index)
+      if index == 0 and update.first is not None:
+        carry = update.first(carry, base, batch, step_key)
+      carry = update.step(carry, base, batch, step_key)
+    message, weight, own, metrics = update.finish(broadcast, carry, info)
+    for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(own)):
+      old[at] = new
+    rows.append((message, weight * info.weight, metrics))
+  padding = len(cohort.order) - count
+
+  def stack(*x):
+    return jnp.concatenate([jnp.stack(x), jnp.zeros((padding, *x[0].shape))])
+
+  messages, weights, metrics = jax.tree.map(stack, *rows)
+  if aggregator.stacking:
+    collected = messages, weights
+  else:
+    terms = [aggregator.add(aggregator_state, m, w) for m, w, _ in rows]
+    collected = jax.tree.map(lambda *x: sum(x), *terms)
+  return engine.CohortResult(
+    collected=collected,
+    client_states=jax.tree.map(jnp.asarray, states),
+    weights=weights,
+    metrics=metrics,
+    nonfinite=jnp.zeros(len(weights), bool),
+    present=weights > 0,
+  )
+
+
 def flat(tree):
   """All leaves as one float64 vector."""
   return np.concatenate(
@@ -137,8 +201,8 @@ def with_weights(cohort, weights):
 def rows_of(cohort, position):
   """Index of the steps of one client: (lane, slice of steps)."""
   lane, slot = divmod(int(cohort.order[position]), cohort.row.shape[1])
-  begins = np.flatnonzero(cohort.start[lane])
-  begin = int(begins[slot])
+  starts = cohort.start[lane] & (cohort.slot[lane] == slot)
+  begin = int(np.flatnonzero(starts)[0])
   return lane, slice(begin, begin + int(cohort.num_steps[lane, slot]))
 
 
@@ -148,3 +212,21 @@ def check_message(error, words):
   assert "\n" not in message
   for word in words:
     assert word in message
+
+
+def sizes_of_collectives(text, names=COLLECTIVES):
+  """Elements of every floating array that collectives of an HLO text give."""
+  sizes = []
+  pattern = rf"= (.*?) (?:{'|'.join(names)})(?:-start)?\("
+  for shapes in re.findall(pattern, text):
+    for dims in re.findall(r"\bb?f\d+\[([\d,]*)\]", shapes):
+      sizes.append(int(np.prod([int(d) for d in dims.split(",") if d])))
+  return sizes
+
+
+def assert_one_line(error, *parts):
+  """Checks that an exception's message is one line with these parts."""
+  message = str(error.value)
+  assert "\n" not in message
+  for part in parts:
+    assert part in message

@@ -149,6 +149,12 @@ def test_round_robin_serves_each_client_once_a_pass():
       lambda: sampling.weighted(["a", "b"], [0, 1], 2),
       ["clients_per_round", "2", "1 clients of positive weight"],
     ),
+    (lambda: sampling.elastic(IDS, 2, counts=(1, 3)), ["counts", "(1, 3)"]),
+    (lambda: sampling.elastic(IDS, 2, counts=()), ["counts", "()"]),
+    (
+      lambda: sampling.elastic(IDS, 2, counts=(1,), rounds_each=0),
+      ["rounds_each", "0"],
+    ),
     (lambda: sampling.uniform(IDS, 2).sample(-1), ["round", "-1"]),
     (lambda: sampling.uniform(IDS, 2).sample(1.0), ["round", "1.0"]),
   ],

@@ -1,20 +1,15 @@
 """The scripts that read a run, as processes of their own."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
+from script_runs import script
 import tiny
 
 from fedfm import completion, data, errors, experiment
 from fedfm.models import huggingface
-
-SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +19,6 @@ def run(tmp_path_factory):
   config = tiny.config(folder, rounds=1)
   with tiny.one_device():
     return folder / "run", experiment.train(config, folder / "run")
-
-
-def script(name, *arguments):
-  """Runs a script on one device; returns (exit code, stdout, stderr)."""
-  process = subprocess.run(
-    [sys.executable, SCRIPTS / name, *arguments],
-    env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "XLA_FLAGS": ""},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  return process.returncode, process.stdout, process.stderr
 
 
 def folder_state(folder):
@@ -74,6 +57,27 @@ def test_evaluate_prints_a_row_a_client(run):
   assert {population for population, _ in clients} == {"seen", "unseen"}
 
 
+@pytest.mark.slow
+def test_evaluate_asks_a_run_and_a_folder(run, tmp_path):
+  workdir, _ = run
+  path = tmp_path / "questions.jsonl"
+  rows = [
+    {"question": "the", "choices": ["cat", "dog"], "answer": i % 2}
+    | ({"client": "one"} if i else {})
+    for i in range(3)
+  ]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  ask = (f"--multiple_choice={path}", "--per_client", "--json")
+  for what in (f"--workdir={workdir}", f"--model={workdir.parent / 'model'}"):
+    code, out, err = script("evaluate.py", what, *ask)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    rows = [row for row in rows if row["population"] == "multiple_choice"]
+    assert [row["client"] for row in rows] == ["all", "one"]
+    assert [row["questions"] for row in rows] == [1, 2]
+    assert rows[1]["accuracy"] == rows[1]["chance"] == 0.5
+
+
 def test_generate_continues_with_the_run_and_with_a_folder(run):
   workdir, _ = run
   arguments = ("--prompt=the cat", "--max_new_tokens=5", "--temperature=1")
@@ -100,6 +104,7 @@ def test_generate_continues_with_the_run_and_with_a_folder(run):
   ("name", "arguments", "message"),
   [
     ("evaluate.py", ["--workdir=nowhere"], "nowhere holds no config.json"),
+    ("evaluate.py", [], "--workdir: expected it, or --model"),
     ("generate.py", ["--base"], "--base: needs --workdir"),
   ],
 )

@@ -82,15 +82,6 @@ def test_bytes_and_strings_give_the_same_rows():
   np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
 
-def test_max_examples_keeps_the_first_rows():
-  full, capped = _rows(["abcdefgh"], 3), _rows(["abcdefgh"], 3, max_examples=2)
-  assert (full.size("a"), capped.size("a")) == (4, 2)
-  for name in ("tokens", "loss_mask"):
-    np.testing.assert_array_equal(
-      capped.read("a")[name], full.read("a")[name][:2]
-    )
-
-
 def _counting(num_clients, num_bytes):
   """Returns a source of text and the list of the clients it was asked for."""
   calls = []
@@ -117,7 +108,7 @@ def test_rows_are_made_once_and_only_when_asked_for():
 
 def test_the_cache_is_bounded_and_drops_the_oldest(monkeypatch):
   clients, calls = _counting(4, 1000)
-  monkeypatch.setattr(text, "_CACHE_BYTES", 2 * 8 * 1100)
+  monkeypatch.setattr(text, "_CACHE_BYTES", 2 * 8 * 1200)
   rows = text.tokenize(clients, BYTES, 11)
   for client_id in ("c0", "c1", "c0", "c2"):
     rows.read(client_id)
@@ -134,7 +125,6 @@ def test_the_cache_is_bounded_and_drops_the_oldest(monkeypatch):
   [
     ({"sequence_length": 1}, ["sequence_length", "1", "2"]),
     ({"sequence_length": 8.0}, ["sequence_length", "8.0"]),
-    ({"sequence_length": 8, "max_examples": 0}, ["max_examples", "0"]),
   ],
 )
 def test_bad_arguments_are_named(kwargs, parts):
@@ -154,17 +144,27 @@ def test_fields_that_are_not_text_are_named():
     text.tokenize(surrogate, BYTES, 4).read("a")
 
 
-def test_check_tokens_names_client_value_and_range():
-  rows = _rows(["abc"], 4)
-  text.check_tokens(rows, BYTES.vocab_size)
-  with pytest.raises(errors.DataError, match="'a'.*token 256.*0 to 255"):
-    text.check_tokens(rows, 256)
-  negative = source.from_arrays({"b": {"tokens": [[1, -3]]}})
-  with pytest.raises(errors.DataError, match="'b'.*token -3.*0 to 9"):
-    text.check_tokens(negative, 10)
-  text.check_tokens(negative, 10, ids=[])
-  floats = source.from_arrays({"b": {"tokens": [[1.0]]}})
-  with pytest.raises(errors.DataError, match="'b'.*float64.*integers"):
-    text.check_tokens(floats, 10)
-  with pytest.raises(errors.DataError, match="'b'.*'tokens'"):
-    text.check_tokens(source.from_arrays({"b": {"x": [1]}}), 10)
+def _from_tokens(tokens, vocab_size=10, sequence_length=4, **fields):
+  clients = source.from_arrays({"b": {"ids": tokens} | fields})
+  return text.from_tokens(clients, sequence_length, "ids", 9, vocab_size)
+
+
+def test_rows_of_tokens_are_padded_and_all_but_the_first_predicted():
+  rows = _from_tokens([[1, 2, 3], [4, 5, 6]]).read("b")
+  assert rows["tokens"].tolist() == [[1, 2, 3, 9], [4, 5, 6, 9]]
+  assert rows["loss_mask"].tolist() == [[0, 1, 1, 0]] * 2
+
+
+@pytest.mark.parametrize(
+  "tokens, message",
+  [
+    ([[1, -3]], "'b': field 'ids' holds token -3, expected 0 to 9"),
+    ([[1, 10]], "'b': field 'ids' holds token 10, expected 0 to 9"),
+    ([[1.0]], "'b': field 'ids' is float64, expected integers"),
+    ([[1] * 5], r"'b': field 'ids': example 0 has shape \[5\], .* = 4 tokens"),
+    ([1], r"'b': field 'ids': example 0 has shape \[\]"),
+  ],
+)
+def test_tokens_that_do_not_fit_are_named(tokens, message):
+  with pytest.raises(errors.DataError, match=message):
+    _from_tokens(tokens).read("b")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from fedfm import sharding
+from fedfm import assembly, checkpoint, experiment, metrics, sharding
 from fedfm.models import DecoderConfig, decoder, huggingface
 
 WORDS = "the cat sat on a mat and the dog ran to the hill in rain"
@@ -89,3 +90,68 @@ def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
     merge = isinstance(value, dict) and name in values
     values[name] = values[name] | value if merge else value
   return values
+
+
+def config_in_parts(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
+  """As `config`, with microbatches, chunks of logits, tiles of attention."""
+  if not (folder / "model").exists():
+    write_model(folder / "model", max_length=1100)
+  values = config(folder, **changes)
+  values["model"] |= {"loss_chunk": 100}
+  values["data"] |= {"sequence_length": 1100}
+  values["client"] |= {"accumulate": 2}
+  return values
+
+
+def build(folder: pathlib.Path, **changes: Any) -> assembly.Experiment:
+  """Builds a small variant of the tiny federation, on one device."""
+  small = {"lanes": 1, "adapter": {"rank": 2, "targets": ("q_proj",)}}
+  with one_device():
+    return experiment.build(config(folder, **(small | changes)))
+
+
+def variant(built: assembly.Experiment, **changes: Any) -> assembly.Experiment:
+  """The same experiment with other settings, and the programs of the first.
+
+  Args:
+    built: The first.
+    **changes: Fields of its settings that change no program; a dict changes
+      some fields of a group.
+
+  Returns:
+    Another experiment.
+  """
+  settings = built.settings
+  for name, value in changes.items():
+    if isinstance(value, dict):
+      value = dataclasses.replace(getattr(settings, name), **value)
+    settings = dataclasses.replace(settings, **{name: value})
+  other = dataclasses.replace(built, settings=settings)
+  for name in (
+    "run_naming_round",
+    "run_rounds",
+    "run_evaluation",
+    "_init_state",
+  ):
+    other.__dict__[name] = getattr(built, name)
+  return other
+
+
+def content(workdir: pathlib.Path) -> dict[str, Any]:
+  """What must not depend on when and where a run ran."""
+
+  def timeless(row):
+    return {
+      k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))
+    }
+
+  with checkpoint.Checkpointer(
+    workdir / "checkpoints", read_only=True
+  ) as reader:
+    manifest = reader.manifest(reader.latest())
+  return {
+    "arrays": {leaf["path"]: leaf["digest"] for leaf in manifest["leaves"]},
+    "extra": manifest["extra"],
+    "metrics": [timeless(row) for row in metrics.read(workdir)],
+    "summary": timeless(json.loads((workdir / "summary.json").read_text())),
+  }

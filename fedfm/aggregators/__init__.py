@@ -1,7 +1,15 @@
 """Aggregators: from the cohort's messages to one update."""
 
-from fedfm.aggregators.mean import none, weighted_mean
+from fedfm.aggregators.keep import Kept, keep
+from fedfm.aggregators.mean import (
+  apart,
+  each,
+  none,
+  uniform_mean,
+  weighted_mean,
+)
 from fedfm.aggregators.robust import (
+  bulyan,
   geometric_median,
   krum,
   median,
@@ -9,10 +17,16 @@ from fedfm.aggregators.robust import (
 )
 
 __all__ = [
+  "Kept",
+  "apart",
+  "bulyan",
+  "each",
   "geometric_median",
+  "keep",
   "krum",
   "median",
   "none",
   "trimmed_mean",
+  "uniform_mean",
   "weighted_mean",
 ]

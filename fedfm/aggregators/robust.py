@@ -115,6 +115,21 @@ def squared_distances(messages: PyTree) -> jax.Array:
   return jax.lax.map(to_all, messages)
 
 
+def _krum_scores(
+  distances: jax.Array, present: jax.Array, num_byzantine: int
+) -> jax.Array:
+  """Sums of squared distances to the n - f - 2 nearest; inf for the absent."""
+  n = len(present)
+  others = present[None, :] & ~jnp.eye(n, dtype=bool)
+  distances = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+  # Overflow to inf must not tie with absence: rank by finite values.
+  distances = jnp.minimum(distances, jnp.finfo(distances.dtype).max / n)
+  nearest = jnp.sum(present) - num_byzantine - 2
+  counted = jnp.arange(n)[None, :] < jnp.maximum(nearest, 1)
+  scores = jnp.sum(jnp.where(counted, distances, 0), axis=1)
+  return jnp.where(present, scores, jnp.inf)
+
+
 def krum(num_byzantine: int) -> Aggregator:
   """Picks the message nearest to its n - f - 2 nearest neighbours.
 
@@ -130,20 +145,63 @@ def krum(num_byzantine: int) -> Aggregator:
   _check_num_byzantine(num_byzantine)
 
   def rule(messages, weights):
-    n = weights.shape[0]
-    present = weights > 0
     distances = squared_distances(messages)
-    others = present[None, :] & ~jnp.eye(n, dtype=bool)
-    distances = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
-    # Overflow to inf must not tie with absence: rank by finite values.
-    distances = jnp.minimum(distances, jnp.finfo(distances.dtype).max / n)
-    nearest = jnp.sum(present) - num_byzantine - 2
-    counted = jnp.arange(n)[None, :] < jnp.maximum(nearest, 1)
-    scores = jnp.sum(jnp.where(counted, distances, 0), axis=1)
-    best = jnp.argmin(jnp.where(present, scores, jnp.inf))
+    best = jnp.argmin(_krum_scores(distances, weights > 0, num_byzantine))
     return jax.tree.map(lambda x: x[best], messages)
 
   return _stacking(rule, 2 * num_byzantine + 3)
+
+
+def bulyan(num_byzantine: int) -> Aggregator:
+  """Averages what lies nearest to the median, of messages that Krum picked.
+
+  Krum picks n - 2f messages, one after the other, each of those that are left;
+  of every coordinate of these, the n - 4f values nearest to their median are
+  averaged. The last picks have less than f + 3 messages left to be near to, and
+  then count the nearest one.
+
+  Args:
+    num_byzantine: f; needs 4f + 3 clients, fewer aggregate to zero.
+
+  Returns:
+    A stacking `Aggregator`. Source: El Mhamdi et al., arXiv 1802.07927.
+
+  Raises:
+    ConfigError: f below 0, or no integer.
+  """
+  _check_num_byzantine(num_byzantine)
+
+  def rule(messages, weights):
+    present = weights > 0
+    count = jnp.sum(present)
+    distances = squared_distances(messages)
+
+    def pick(index, left_and_chosen):
+      left, chosen = left_and_chosen
+      best = jnp.argmin(_krum_scores(distances, left, num_byzantine))
+      picks = index < count - 2 * num_byzantine
+      return (
+        left.at[best].set(left[best] & ~picks),
+        chosen.at[best].set(chosen[best] | (picks & left[best])),
+      )
+
+    nobody = jnp.zeros_like(present)
+    _, chosen = jax.lax.fori_loop(0, len(present), pick, (present, nobody))
+    picked = jnp.sum(chosen)
+    low, high = jnp.maximum(picked - 1, 0) // 2, picked // 2 + 1
+    kept = picked - 2 * num_byzantine
+
+    def nearest_to_median(x):
+      middle = _mean_of_sorted(x, chosen, low, high)
+      away = jnp.where(_rows(chosen, x), jnp.abs(x - middle), jnp.inf)
+      order = jnp.argsort(away, axis=0)
+      inside = _rows(jnp.arange(len(x)) < kept, x)
+      near = jnp.where(inside, jnp.take_along_axis(x, order, axis=0), 0)
+      return (jnp.sum(near, axis=0) / jnp.maximum(kept, 1)).astype(x.dtype)
+
+    return jax.tree.map(nearest_to_median, messages)
+
+  return _stacking(rule, 4 * num_byzantine + 3)
 
 
 def geometric_median(

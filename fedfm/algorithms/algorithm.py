@@ -1,14 +1,24 @@
-"""A client update, an aggregator and a server optimizer make an algorithm."""
+"""A client update, an aggregator and a server optimizer make an algorithm.
 
-from collections.abc import Callable
-from typing import Any
+Where a paper asks for more, `Server` says what the server remembers, sends and
+makes of the aggregate, and `client_state` what each client keeps.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import aggregators, errors, trees
-from fedfm.clients import engine
+from fedfm import aggregators, sums, trees
+from fedfm.algorithms import checks
+from fedfm.algorithms import downlink as downlink_lib
+from fedfm.clients import engine, naming, store
+from fedfm.clients import transforms as transforms_lib
+from fedfm.clients.transforms import MessageTransform
+from fedfm.privacy import Mechanism
 from fedfm.types import (
   Aggregator,
   ClientUpdate,
@@ -19,28 +29,50 @@ from fedfm.types import (
 PyTree = Any
 # `server_step(trainable, base, server_batch, key) -> trainable`
 ServerStep = Callable[[PyTree, PyTree, PyTree, jax.Array], PyTree]
-_SERVER_KEY = (
-  0xFFFFFFFF  # Folded in after the round, for what the server draws.
-)
+# Folded in after the round, for what the server draws.
+_SERVER_KEY = 0xFFFFFFFF
+_DOWNLINK_KEY = 0xFFFFFFFE
+_PRIVACY_KEY = 0xFFFFFFFD
 
 
-def check_seed(seed: int) -> int:
-  """Checks that a seed fits the 32 bits that a key takes.
+class Server(NamedTuple):
+  """The server's part of an algorithm; the defaults are FedAvg's.
 
-  Args:
-    seed: The seed.
-
-  Returns:
-    `seed`.
-
-  Raises:
-    ConfigError: Out of [0, 2**32); a key would silently wrap around.
+  Attributes:
+    init: `init(trainable) -> extra`, what the algorithm remembers in
+      `ServerState.extra`.
+    broadcast: `broadcast(state) -> tree`, what every client is sent.
+    combine: `combine(state, aggregate, result, cohort) -> (delta, extra)`; the
+      server optimizer is given the negative delta, like the trainable.
+    after: `after(trainable, extra) -> (trainable, extra)`, the last word, after
+      the server optimizer.
+    effective_base: As in `FederatedAlgorithm`.
+    client_base: `client_base(state, base) -> tree`, what the clients' steps get
+      as their base: one for all lanes, where a carry is copied to each; default
+      `effective_base`.
+    metrics: `metrics(state, new_state, aggregate, result, cohort) -> dict` of
+      scalars, beside or instead of those of `round_metrics`.
+    wire: `wire(state, sent, message) -> (sent, message)`, the shapes of what
+      really travels in the round of `state`, where that is less.
   """
-  if isinstance(seed, bool) or not isinstance(seed, int):
-    raise errors.ConfigError(f"seed: got {seed!r}, expected an integer")
-  if not 0 <= seed < 2**32:
-    raise errors.ConfigError(f"seed: got {seed}, expected 0 <= seed < 2**32")
-  return seed
+
+  init: Callable[[PyTree], PyTree] = lambda trainable: ()
+  broadcast: Callable[[ServerState], PyTree] = lambda state: state.trainable
+  combine: Callable[..., tuple[PyTree, PyTree]] = (
+    lambda state, aggregate, result, cohort: (aggregate, state.extra)
+  )
+  after: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = (
+    lambda trainable, extra: (trainable, extra)
+  )
+  effective_base: Callable[..., PyTree] = lambda state, base: base
+  client_base: Callable[..., PyTree] | None = None
+  metrics: Callable[..., dict[str, jax.Array]] = (
+    lambda state, new_state, aggregate, result, cohort: {}
+  )
+  wire: Callable[..., tuple[PyTree, PyTree]] = lambda state, sent, message: (
+    sent,
+    message,
+  )
 
 
 def federated(
@@ -50,45 +82,131 @@ def federated(
   server_optimizer: optax.GradientTransformation | None = None,
   seed: int = 0,
   server_step: ServerStep | None = None,
+  server: Server | None = None,
+  client_state: Callable[[PyTree], PyTree] | None = None,
+  num_clients: int | None = None,
+  transforms: Sequence[MessageTransform] = (),
+  downlink: MessageTransform | None = None,
+  mechanism: Mechanism | None = None,
+  **fields: Any,
 ) -> FederatedAlgorithm:
-  """Builds an algorithm whose clients send deltas of the trainable.
+  """Builds an algorithm from its parts.
 
   Args:
-    update: What a client does; its message is a delta.
+    update: What a client does; its message is a delta of the trainable, or
+      what `server.combine` turns into one after aggregation.
     aggregator: Default the weighted mean.
-    server_optimizer: Applied to the negative aggregate, the pseudo-gradient;
-      default `optax.sgd(1.0)`, which adds the aggregate.
+    server_optimizer: Applied to the negative delta, the pseudo-gradient;
+      default `optax.sgd(1.0)`, which adds the delta.
     seed: Seed of every random number of the algorithm, in [0, 2**32).
     server_step: Applied to the new trainable where the round gets a
       `server_batch`: data that the server itself holds.
+    server: What the server does beside optimizing; default nothing.
+    client_state: `client_state(trainable) -> state` of a client that never took
+      part, for updates whose clients keep one.
+    num_clients: Size of the population; needed where clients keep a state.
+    transforms: What is done to every client's message before it leaves, such
+      as compression; their states are kept beside the client's own.
+    downlink: Compresses what the server sends; see `downlink.py`. It must need
+      no error feedback of its own.
+    mechanism: Aggregates in a private way, in place of the aggregator; all that
+      the server makes of the messages is made of what this releases.
+    **fields: `bytes_per_client` (before compression), `effective_trainable`,
+      `personal`, `local_steps` and `aligned` of `FederatedAlgorithm`, where
+      they differ from FedAvg's.
 
   Returns:
     A `FederatedAlgorithm`.
+
+  Raises:
+    ConfigError: A seed out of range, client states without `num_clients`, or a
+      mechanism with an aggregator.
   """
+  if mechanism is not None:
+    aggregator = checks.check_mechanism(mechanism, aggregator)
   aggregator = aggregator or aggregators.weighted_mean()
   server_optimizer = server_optimizer or optax.sgd(1.0)
-  check_seed(seed)
+  server = server or Server()
+  checks.check_seed(seed)
+  if client_state is not None:
+    num_clients = checks.check_num_clients(num_clients)
+  own_update = update
+  if transforms:
+    update = transforms_lib.transformed(own_update, *transforms)
 
-  def init(trainable):
-    trainable = trees.copy(trainable)
-    return ServerState(
+  def new_client(state):
+    """The state of a client that never took part."""
+    own = () if client_state is None else client_state(state.trainable)
+    if not transforms:
+      return own
+    sent = jax.eval_shape(server.broadcast, state)
+    message = _zeros(engine.message_like(own_update, sent, own))
+    return own, [t.init(message) for t in transforms]
+
+  def own_part(client):
+    """A client's state, or a store or slots of them, without transforms'."""
+    if isinstance(client, store.InSlots):
+      return store.InSlots(own_part(client.states))
+    return client[0] if transforms and isinstance(client, tuple) else client
+
+  def own_state(state):
+    return dataclasses.replace(state, clients=own_part(state.clients))
+
+  known_shapes = {}  # Asked for every round; tracing them takes milliseconds.
+
+  def sent_and_message(state):
+    """Shapes of what a client is sent, and of what it sends back."""
+    leaves, treedef = jax.tree.flatten(state)
+    key = treedef, tuple((x.shape, x.dtype) for x in leaves)
+    if key not in known_shapes:
+      sent = jax.eval_shape(server.broadcast, state)
+      client = jax.eval_shape(new_client, state)
+      known_shapes[key] = sent, engine.message_like(update, sent, client)
+    return known_shapes[key]
+
+  def server_state(trainable):
+    state = ServerState(
       trainable=trainable,
       server_optimizer=server_optimizer.init(trainable),
-      aggregator=aggregator.init(trainable),
+      aggregator=(),
       clients=(),
+      extra=server.init(trainable),
       round=jnp.zeros((), jnp.int32),
+      seed=jnp.asarray(seed, jnp.uint32),
+    )
+    sent = downlink_lib.init(downlink, server.broadcast(state))
+    return dataclasses.replace(state, sent=sent)
+
+  def init(trainable):
+    state = server_state(trees.copy(trainable))
+    clients = new_client(state)
+    if jax.tree.leaves(clients):
+      clients = store.init(clients, checks.check_num_clients(num_clients))
+    _, message = sent_and_message(state)
+    return dataclasses.replace(
+      state, clients=clients, aggregator=aggregator.init(_zeros(message))
     )
 
+  client_base = server.client_base or server.effective_base
+
   def round_fn(state, base, cohort, server_batch=None):
-    key = jax.random.key(seed)
+    key = jax.random.key(state.seed)
+    round_key = jax.random.fold_in(key, state.round)
+    heard, sent = downlink_lib.send(
+      downlink,
+      server.broadcast(state),
+      state.sent,
+      jax.random.fold_in(round_key, _DOWNLINK_KEY),
+      state.round,
+    )
     result = engine.run_cohort(
       update,
       aggregator,
       state.aggregator,
-      state.trainable,
-      base,
+      heard,
+      client_base(state, base),
       cohort,
-      state.clients,
+      store.gather(state.clients, cohort),
       key,
       state.round,
     )
@@ -96,68 +214,182 @@ def federated(
       aggregate, aggregator_state = aggregator.finish(
         state.aggregator, result.collected
       )
+      brought, told = jnp.sum(result.weights > 0) >= aggregator.min_clients, {}
+      if mechanism is not None:
+        noise_key = jax.random.fold_in(round_key, _PRIVACY_KEY)
+        aggregate, aggregator_state, brought, told = mechanism.release(
+          aggregate, aggregator_state, result.weights, noise_key
+        )
+      own_result = result._replace(client_states=own_part(result.client_states))
+      delta, extra = server.combine(
+        own_state(state), aggregate, own_result, cohort
+      )
     with jax.named_scope("server_optimizer"):
       updates, optimizer_state = server_optimizer.update(
-        trees.scale(aggregate, -1),
+        trees.scale(delta, -1),
         state.server_optimizer,
         state.trainable,
       )
       trainable = optax.apply_updates(state.trainable, updates)
+      trainable, extra = server.after(trainable, extra)
     # Momentum would move the weights on a round that brought nothing.
-    brought = jnp.sum(result.weights > 0) >= aggregator.min_clients
-    trainable, optimizer_state, aggregator_state = trees.select(
+    trainable, optimizer_state, aggregator_state, extra, sent = trees.select(
       brought,
-      (trainable, optimizer_state, aggregator_state),
-      (state.trainable, state.server_optimizer, state.aggregator),
+      (trainable, optimizer_state, aggregator_state, extra, sent),
+      (
+        state.trainable,
+        state.server_optimizer,
+        state.aggregator,
+        state.extra,
+        state.sent,
+      ),
     )
     if server_batch is not None and server_step is not None:
-      server_key = jax.random.fold_in(
-        jax.random.fold_in(key, state.round), _SERVER_KEY
-      )
+      server_key = jax.random.fold_in(round_key, _SERVER_KEY)
       trainable = server_step(trainable, base, server_batch, server_key)
-    metrics = round_metrics(result)
+    metrics = round_metrics(result, trees.norm(delta)) | told
+    if naming.is_on():
+      metrics["clients/nonfinite_mask"] = result.nonfinite
     metrics["update/norm"] = trees.norm(trees.sub(trainable, state.trainable))
-    state = ServerState(
+    new_state = ServerState(
       trainable=trainable,
       server_optimizer=optimizer_state,
       aggregator=aggregator_state,
-      clients=state.clients,
+      clients=store.scatter(state.clients, cohort, result.client_states),
+      extra=extra,
       round=state.round + 1,
+      seed=state.seed,
+      sent=sent,
     )
-    return state, metrics
+    metrics |= server.metrics(
+      own_state(state), own_state(new_state), aggregate, own_result, cohort
+    )
+    return new_state, metrics
 
   def bytes_per_client(state):
-    return trees.num_bytes(state.trainable), trees.num_bytes(state.trainable)
+    sent, message = server.wire(state, *sent_and_message(state))
+    return trees.num_bytes(message), trees.num_bytes(sent)
 
-  return FederatedAlgorithm(
+  def compressed_bytes_per_client(state):
+    sent, message = server.wire(state, *sent_and_message(state))
+    up, down = algorithm.bytes_per_client(state)
+    for transform in transforms:
+      up = transform.num_bytes(message) if transform.num_bytes else up
+    if mechanism is not None and mechanism.num_bytes:
+      up = mechanism.num_bytes(message)
+    if downlink is not None and downlink.num_bytes:
+      down = downlink.num_bytes(sent)
+    return up, down
+
+  has_state = client_state is not None or bool(transforms)
+  algorithm = FederatedAlgorithm(
     init=init,
     round=round_fn,
-    effective_base=lambda state, base: base,
+    effective_base=server.effective_base,
     bytes_per_client=bytes_per_client,
-  )
+    client_state=(lambda t: new_client(server_state(t))) if has_state else None,
+  )._replace(**fields)
+  personal = algorithm.personal
+  if transforms and personal is not None:
+    algorithm = algorithm._replace(
+      personal=lambda state, client: personal(
+        own_state(state), own_part(client)
+      )
+    )
+  if transforms or downlink is not None or mechanism is not None:
+    return algorithm._replace(bytes_per_client=compressed_bytes_per_client)
+  return algorithm
 
 
-def round_metrics(result: engine.CohortResult) -> dict[str, jax.Array]:
+def _zeros(shapes: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def many_rounds(round_fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes several rounds one program, for rounds shorter than their dispatch.
+
+  Args:
+    round_fn: `round(state, base, cohort) -> (state, metrics)`.
+
+  Returns:
+    `rounds(state, base, cohorts) -> (state, metrics)`: the leaves of `cohorts`
+    and of the metrics lead with the rounds, [rounds, ...]. The cohorts are
+    packed with one bucket, so that their buffers agree.
+  """
+
+  def rounds_fn(state, base, cohorts):
+    return jax.lax.scan(lambda s, c: round_fn(s, base, c), state, cohorts)
+
+  return rounds_fn
+
+
+def number(x: Any, at_start: float) -> float:
+  """Reads a scalar of a state, where what is sent depends on it.
+
+  Args:
+    x: Its leaf, an array or a shape.
+    at_start: Its value in the first round, taken for a shape.
+
+  Returns:
+    The number.
+  """
+  return at_start if isinstance(x, jax.ShapeDtypeStruct) else float(x)
+
+
+def round_metrics(
+  result: engine.CohortResult, mean_norm: jax.Array
+) -> dict[str, jax.Array]:
   """Summarises the clients of a round into scalars.
 
   Args:
     result: What the cohort brought back.
+    mean_norm: Norm of the aggregated delta.
 
   Returns:
-    `train/loss` (over all tokens or examples trained on, nats),
-    `train/count`, `clients/participating`, `clients/nonfinite`,
-    `drift/delta_norm` (mean over clients) and `drift/delta_norm_max`.
+    `train/loss` (over all tokens or examples trained on, nats; 0 where no
+    client takes part), `train/count`, `clients/participating`,
+    `clients/nonfinite`, and those of `drift`.
   """
   kept = result.weights > 0
   metrics = {k: jnp.where(kept, v, 0) for k, v in result.metrics.items()}
-  count = jnp.sum(metrics["count"])
-  participating = jnp.sum(kept)
+  count = sums.total(metrics["count"])
   return {
-    "train/loss": jnp.sum(metrics["loss_sum"]) / jnp.maximum(count, 1),
+    "train/loss": sums.total(metrics["loss_sum"]) / jnp.maximum(count, 1),
     "train/count": count,
-    "clients/participating": participating,
+    "clients/participating": jnp.sum(kept),
     "clients/nonfinite": jnp.sum(result.nonfinite),
-    "drift/delta_norm": jnp.sum(metrics["delta_norm"])
-    / jnp.maximum(participating, 1),
-    "drift/delta_norm_max": jnp.max(metrics["delta_norm"], initial=0),
+    **drift(result.metrics["delta_norm"], result.weights, mean_norm),
+  }
+
+
+def drift(
+  norms: jax.Array, weights: jax.Array, mean_norm: jax.Array
+) -> dict[str, jax.Array]:
+  """Says how far the clients went, and how far they agree.
+
+  Args:
+    norms: [clients], of their deltas d_i.
+    weights: [clients], 0 for absent ones.
+    mean_norm: Norm of the aggregated delta D.
+
+  Returns:
+    `drift/delta_norm` (mean over clients), `drift/delta_norm_max`,
+    `drift/cosine` and `drift/diversity`. With p_i the clients' shares of the
+    weight, the cosine is |D| / sum_i p_i |d_i|: where D is the weighted mean,
+    that is the mean of cos(d_i, D) weighted by p_i |d_i|. The diversity is
+    sum_i p_i |d_i|^2 / |D|^2 (arXiv 1706.05699), 1 where all clients agree.
+  """
+  kept = weights > 0
+  norms = jnp.where(kept, norms, 0)
+  total = sums.total(weights)
+  shares = weights / jnp.where(total > 0, total, 1)
+  moved = mean_norm > 0
+  mean_norm = jnp.where(moved, mean_norm, 1)
+  longest = jnp.maximum(sums.total(shares * norms), jnp.finfo(norms.dtype).tiny)
+  diversity = sums.total(shares * jnp.square(norms)) / jnp.square(mean_norm)
+  return {
+    "drift/delta_norm": sums.total(norms) / jnp.maximum(jnp.sum(kept), 1),
+    "drift/delta_norm_max": jnp.max(norms, initial=0),
+    "drift/cosine": jnp.where(moved, mean_norm / longest, 0),
+    "drift/diversity": jnp.where(moved, diversity, 0),
   }

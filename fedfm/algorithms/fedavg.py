@@ -16,9 +16,7 @@ def fedavg(
   client_optimizer: local.ClientOptimizer,
   server_optimizer: optax.GradientTransformation | None = None,
   weighting: str = "examples",
-  proximal: float = 0.0,
   seed: int = 0,
-  num_clients: int | None = None,
   **federated_options,
 ) -> FederatedAlgorithm:
   """Averages the clients' deltas and adds the mean to the weights.
@@ -28,19 +26,14 @@ def fedavg(
     client_optimizer: Local optimizer, or a function of the round giving one.
     server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
     weighting: "examples", "tokens" or "uniform".
-    proximal: mu of FedProx, 0 for none.
     seed: Seed in [0, 2**32).
-    num_clients: Size of the population; FedAvg keeps no state per client.
-    **federated_options: `aggregator` and `server_step` of
+    **federated_options: `aggregator`, `transforms`, `downlink` and others of
       `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`.
   """
-  del num_clients
-  update = local.local_update(
-    loss, client_optimizer, weighting=weighting, proximal=proximal
-  )
+  update = local.local_update(loss, client_optimizer, weighting=weighting)
   return algorithm.federated(
     update, server_optimizer=server_optimizer, seed=seed, **federated_options
   )

@@ -3,8 +3,9 @@
 client i minimises   F_i(w) + mu/2 |w - w_t|^2
 """
 
-from fedfm import errors
-from fedfm.algorithms.fedavg import fedavg
+import jax
+
+from fedfm.algorithms import algorithm, checks
 from fedfm.clients import local
 from fedfm.types import FederatedAlgorithm, LossFn
 
@@ -14,6 +15,7 @@ def fedprox(
   *,
   client_optimizer: local.ClientOptimizer,
   mu: float = 0.01,
+  weighting: str = "examples",
   **options,
 ) -> FederatedAlgorithm:
   """Pulls each client to the weights that it was sent.
@@ -22,7 +24,9 @@ def fedprox(
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
     mu: Strength of the pull, at least 0; over the trainable only.
-    **options: Those of `fedavg`.
+    weighting: "examples", "tokens" or "uniform".
+    **options: `server_optimizer`, `aggregator`, `seed` and others of
+      `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -30,8 +34,19 @@ def fedprox(
   Raises:
     ConfigError: A negative or non-finite mu.
   """
-  if not 0 <= mu < float("inf"):
-    raise errors.ConfigError(
-      f"mu: got {mu}, expected a finite number of at least 0"
+  checks.check_number("mu", mu)
+
+  def pull(grads, trainable, sent):
+    return jax.tree.map(
+      lambda g, w, w0: g + mu * (w - w0), grads, trainable, sent
     )
-  return fedavg(loss, client_optimizer=client_optimizer, proximal=mu, **options)
+
+  update = local.local_update(
+    loss, client_optimizer, weighting=weighting, correction=pull
+  )
+
+  def start(sent, client_state, info):
+    del client_state
+    return update.start(sent, sent, info)
+
+  return algorithm.federated(update._replace(start=start), **options)

@@ -1,34 +1,29 @@
 """Saves and restores rounds: whole, checked, the newest intact one.
 
 Orbax writes a round's folder beside its place and renames it, so a reader only
-ever sees complete ones. On top of that a manifest with a SHA-256 of every leaf
+ever sees complete ones. On top of that a manifest with a digest of every leaf
 lies in its custom metadata; what does not match it on restoring is set aside
 and the round before is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import json
 import logging
 import pathlib
 import re
-import shutil
 from typing import Any, Self
 
 import jax
-from jax.experimental import multihost_utils
-import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from fedfm import errors
+from fedfm.checkpoint import folder as folders
+from fedfm.checkpoint import items as host_items
 from fedfm.checkpoint import manifest as manifests
+from fedfm.checkpoint import placing
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
-_METADATA = "_CHECKPOINT_METADATA"  # Orbax's name
-_ROUND = re.compile(r"0|[1-9]\d*")
-_TEMPORARY = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
-_DISCARDED = re.compile(r"\d+\.(deleted|replaced)(\.\d+)?")
 # The machine's failures, not the files': no reason to set a checkpoint aside.
 _MACHINE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 _MACHINE_CODES = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
@@ -54,6 +49,9 @@ class Checkpointer:
     keep_last: int | None = 3,
     keep_every: int | None = None,
     keep_best: Callable[[dict[str, Any]], float] | None = None,
+    regular: int = 1,
+    items: Mapping[str, host_items.Item] | None = None,
+    run: dict[str, Any] | None = None,
     read_only: bool = False,
   ):
     """Opens a folder of checkpoints, `folder/<round>/`.
@@ -64,6 +62,9 @@ class Checkpointer:
       keep_every: Rounds that this divides are never deleted.
       keep_best: Maps a checkpoint's `extra` to a score; the round with the
         lowest is never deleted.
+      regular: The newest round that this divides is kept too.
+      items: State on the host to save and restore along, by name.
+      run: JSON data for every manifest, the same in all rounds.
       read_only: For a reader beside a running job: renames, creates and deletes
         nothing.
 
@@ -75,33 +76,41 @@ class Checkpointer:
     for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
       if value is not None and value < 1:
         raise errors.ConfigError(f"{name}: got {value}, expected at least 1")
-    self._folder = pathlib.Path(folder).absolute()
+    self._folder = folders.RoundFolder(pathlib.Path(folder).absolute())
     self._keep_last = keep_last
     self._keep_every = keep_every
     self._keep_best = keep_best
+    self._regular = regular
+    self._items = items or {}
+    self._run = run
     self._read_only = read_only
     self._scores: dict[int, float] = {}
     self._pending: tuple[int, Any] | None = None
     try:
       if not read_only:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
       raise errors.CheckpointError(
         f"{folder}: cannot be a folder of checkpoints: {e.strerror}"
       ) from e
-    if not self._folder.is_dir():
+    if not self._folder.path.is_dir():
       raise errors.CheckpointError(f"{folder}: not a folder of checkpoints")
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, error: type[BaseException] | None, *_) -> None:
+    # A process that fails does not wait for what the others are to do too.
+    if error is None or jax.process_count() == 1:
+      self.close()
 
   def all_rounds(self) -> list[int]:
     """Returns the rounds of all complete checkpoints, ascending."""
-    # pyrefly: ignore[bad-argument-type]
-    return [r for r in self._entries() if ocp.is_orbax_checkpoint(self._at(r))]
+    return self._folder.complete()
+
+  def set_aside(self) -> list[str]:
+    """Returns the names of checkpoints that were found damaged."""
+    return self._folder.set_aside()
 
   def latest(self) -> int | None:
     """Returns the newest complete round, or None."""
@@ -127,31 +136,39 @@ class Checkpointer:
       the same content. Other content of the same round is replaced.
 
     Raises:
-      CheckpointError: This save, or the one in flight before, failed (the older
-        checkpoints are whole, and saving again is fine); a leaf that is not an
-        array; `extra` that is not JSON.
+      SaveError: This save, or the one in flight before, failed (the older
+        checkpoints are whole, and saving again is fine).
+      CheckpointError: A leaf that is not an array; `extra` that is not JSON.
     """
     round = int(round)
     if self._read_only:
-      raise errors.CheckpointError(f"{self._folder}: opened for reading only")
+      raise errors.CheckpointError(
+        f"{self._folder.path}: opened for reading only"
+      )
     if round < 0:
       raise errors.CheckpointError(f"round: got {round}, expected at least 0")
     self.wait()
     leaves = manifests.named_leaves(state)
-    manifest = manifests.make(round, leaves, extra or {})
-    if round in self._entries():
+    manifest = manifests.make(round, leaves, extra or {}, self._run)
+    if round in self._folder.entries():
       try:
-        if self.manifest(round) == manifest:
+        if manifests.is_same(self.manifest(round), manifest):
           return False
         self._move(round, "replaced")
       except manifests.DamagedError as e:
         self._set_aside(round, e)
-    self._remove(_TEMPORARY)
-    arrays: PyTree = {path: x for path, x in leaves.items() if _has_content(x)}
+    self._folder.sweep(temporary=True)
+    arrays: PyTree = {
+      path: x for path, x in leaves.items() if placing.has_content(x)
+    }
     try:
+      records = {}
+      if self._items and jax.process_index() == 0:
+        records = host_items.save(self._items, self._folder.items_at(round))
+      manifest = manifests.seal(manifest, records)
       response = ocp.save_async(
         # pyrefly: ignore[bad-argument-type]
-        self._at(round),
+        self._folder.at(round),
         arrays,
         custom_metadata={"fedfm": manifest},
       )
@@ -166,19 +183,17 @@ class Checkpointer:
     """Waits for the save in flight, then deletes what is not to be kept.
 
     Raises:
-      CheckpointError: The save failed, for example on a full disk.
+      SaveError: The save failed, for example on a full disk.
     """
     if self._pending is None:
       return
     round, response = self._pending
+    self._pending = None
     try:
       response.result()
     except Exception as e:
-      self._pending = None
       raise self._save_error(round, e) from e
-    self._pending = None
-    # pyrefly: ignore[bad-argument-type]
-    if not ocp.is_orbax_checkpoint(self._at(round)):
+    if round not in self.all_rounds():
       raise self._save_error(round, FileNotFoundError("it is not there"))
     self._prune()
 
@@ -193,18 +208,20 @@ class Checkpointer:
       round: A saved round.
 
     Returns:
-      `{"format", "round", "extra", "digest", "leaves"}`, see `manifest.py`.
+      The manifest, see `manifest.py`.
 
     Raises:
-      CheckpointError: Missing, damaged, or of a newer format.
+      CheckpointError: Missing, damaged, or of another format.
     """
-    if round not in self._entries():
+    entries = self._folder.entries()
+    if round not in entries:
       raise errors.CheckpointError(
-        f"{self._at(round)}: no such checkpoint; there are {self._entries()}"
+        f"{self._folder.at(round)}: no such checkpoint; there are {entries}"
       )
     try:
       # Orbax's own reader would open every array for this.
-      text = (self._at(round) / _METADATA).read_text(encoding="utf-8")
+      file = self._folder.at(round) / folders.METADATA
+      text = file.read_text(encoding="utf-8")
       manifest = json.loads(text)["custom_metadata"]["fedfm"]
       manifests.check(manifest, round)
     except Exception as e:
@@ -212,7 +229,11 @@ class Checkpointer:
     return manifest
 
   def restore(
-    self, target: PyTree, round: int | None = None
+    self,
+    target: PyTree,
+    round: int | None = None,
+    choose: Callable[[int], bool] = lambda round: True,
+    check: Callable[[PyTree], None] = lambda state: None,
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """Restores the newest checkpoint that is whole.
 
@@ -223,6 +244,9 @@ class Checkpointer:
       target: Tree like the state, of arrays or `jax.ShapeDtypeStruct`s with
         shardings on any mesh; a numpy leaf comes back as numpy.
       round: Restore exactly this one.
+      choose: Which rounds may be taken.
+      check: Raises DamagedError if what a restored state refers to, outside of
+        the checkpoint, is damaged; the checkpoint counts as damaged then.
 
     Returns:
       `(round, state, extra)`, or None if no checkpoint is left.
@@ -233,46 +257,88 @@ class Checkpointer:
     """
     self.wait()
     if round is not None:
-      return self._load(round, target)
-    for candidate in reversed(self._entries()):
+      return self._load(round, target, check)
+    tried: set[int] = set()
+    while True:
+      left = [r for r in self._folder.entries() if r not in tried and choose(r)]
+      if not left:
+        return None
+      candidate = left[-1]
       try:
-        return self._load(candidate, target)
-      except manifests.DamagedError as e:
-        self._set_aside(candidate, e)
-    return None
+        return self._load(candidate, target, check)
+      except errors.CheckpointError as e:
+        # Beside a running job a round may go while it is read, and another be
+        # there by then.
+        gone = candidate not in self._folder.entries()
+        if not gone and not isinstance(e, manifests.DamagedError):
+          raise
+        tried.add(candidate)
+        if not gone:
+          self._set_aside(candidate, e)
 
-  def _load(self, round, target):
+  def verify(self, round: int) -> dict[str, Any]:
+    """Reads a checkpoint whole and compares it with its manifest.
+
+    Args:
+      round: A saved round.
+
+    Returns:
+      Path -> array.
+
+    Raises:
+      CheckpointError: Missing, damaged, or of another format.
+    """
+    manifest = self.manifest(round)
+    try:
+      leaves = placing.targets(manifest["leaves"])
+      arrays = self._read(round, manifest, leaves)
+      for name, files in manifest["items"].items():
+        host_items.check_files(name, files, self._folder.items_at(round))
+    except manifests.DamagedError as e:
+      raise self._load_error(round, e) from e
+    return arrays
+
+  def _load(self, round, target, check):
     manifest = self.manifest(round)
     wanted = manifests.named_leaves(target)
-    specs = {path: _abstract(x) for path, x in wanted.items()}
+    try:
+      manifests.check_target(manifest, wanted)
+      place = self._folder.items_at(round)
+      host_items.check(manifest["items"], self._items, place)
+    except errors.CheckpointError as e:
+      raise self._load_error(round, e) from e
+    loaded = self._read(round, manifest, wanted)
+    leaves = [placing.placed_as(loaded[p], x) for p, x in wanted.items()]
+    state = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    try:
+      check(state)
+    except manifests.DamagedError as e:
+      raise self._load_error(round, e) from e
+    for name, item in self._items.items():
+      item.restore(self._folder.items_at(round) / name)
+    return round, state, manifest["extra"]
+
+  def _read(self, round, manifest, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Reads the arrays, path -> array, and checks their content."""
+    specs = {path: placing.spec_of(x) for path, x in wanted.items()}
+    content: PyTree = {p: x for p, x in specs.items() if placing.has_content(x)}
     loaded: Any = {}
     error: Exception | None = None
     try:
-      manifests.check_target(manifest, wanted)
-      content: PyTree = {p: x for p, x in specs.items() if _has_content(x)}
       # pyrefly: ignore[bad-argument-type]
-      loaded = ocp.load(self._at(round), content)
+      loaded = ocp.load(self._folder.at(round), content)
     except Exception as e:
       error = e
-    if _on_any_process(error is not None):
+    if folders.on_any_process(error is not None):
       error = error or manifests.DamagedError("another process cannot read it")
       raise self._load_error(round, error) from error
-    loaded |= {p: _empty(x) for p, x in specs.items() if not _has_content(x)}
+    empty = {p: x for p, x in specs.items() if not placing.has_content(x)}
+    loaded |= {path: placing.empty_like(x) for path, x in empty.items()}
     try:
       manifests.check_content(manifest, loaded)
     except manifests.DamagedError as e:
       raise self._load_error(round, e) from e
-    leaves = [_placed_as(loaded[path], x) for path, x in wanted.items()]
-    state = jax.tree.unflatten(jax.tree.structure(target), leaves)
-    return round, state, manifest["extra"]
-
-  def _at(self, round: int) -> pathlib.Path:
-    return self._folder / str(round)
-
-  def _entries(self) -> list[int]:
-    """Returns every round that has a name here, whole or not."""
-    names = (path.name for path in self._folder.iterdir())
-    return sorted(int(name) for name in names if _ROUND.fullmatch(name))
+    return loaded
 
   def _set_aside(self, round: int, error: Exception) -> None:
     if self._read_only:
@@ -283,29 +349,15 @@ class Checkpointer:
       _logger.warning("set aside as %s: %s", place.name, error)
 
   def _move(self, round: int, label: str) -> pathlib.Path:
-    place, count = self._folder / f"{round}.{label}", 1
-    while place.exists():
-      count += 1
-      place = self._folder / f"{round}.{label}.{count}"
-    _synchronize(f"before {place.name}")
-    if jax.process_index() == 0:
-      self._at(round).rename(place)
-    _synchronize(f"after {place.name}")
     self._scores.pop(round, None)
-    return place
-
-  def _remove(self, pattern: re.Pattern[str]) -> None:
-    if jax.process_index() == 0:
-      for path in self._folder.iterdir():
-        if pattern.fullmatch(path.name):
-          shutil.rmtree(path, ignore_errors=True)
-    _synchronize(f"removed {pattern.pattern}")
+    return self._folder.move(round, label)
 
   def _prune(self) -> None:
     rounds = self.all_rounds()
     keep = set(
       rounds if self._keep_last is None else rounds[-self._keep_last :]
     )
+    keep |= set([r for r in rounds if r % self._regular == 0][-1:])
     if self._keep_every:
       keep |= {r for r in rounds if r % self._keep_every == 0}
     if self._keep_best:
@@ -314,83 +366,29 @@ class Checkpointer:
       keep.add(min(rounds, key=lambda r: self._scores[r]))
     for r in rounds:
       if r not in keep:
-        # Renamed first: a reader never finds half a checkpoint.
         self._move(r, "deleted")
-    self._remove(_DISCARDED)
+    self._folder.sweep()
 
-  def _save_error(self, round, error) -> errors.CheckpointError:
-    return errors.CheckpointError(
-      f"{self._at(round)}: not saved: {_one_line(error)}; whole checkpoints: "
-      f"{self.all_rounds()}"
+  def _save_error(self, round, error) -> errors.SaveError:
+    if jax.process_count() == 1:
+      self._folder.sweep(temporary=True)  # It may hold the last free bytes.
+    return errors.SaveError(
+      f"{self._folder.at(round)}: not saved: {_one_line(error)}; whole "
+      f"checkpoints: {self.all_rounds()}"
     )
 
   def _load_error(self, round, error) -> errors.CheckpointError:
     """Tells what is wrong with the files from everything else."""
+    place = self._folder.at(round)
     if isinstance(error, errors.CheckpointError):
-      return type(error)(f"{self._at(round)}: {error}")
-    text = f"{self._at(round)}: unreadable: {_one_line(error)}"
+      if str(error).startswith(f"{place}: "):
+        return error
+      return type(error)(f"{place}: {error}")
+    text = f"{place}: unreadable: {_one_line(error)}"
     machine = isinstance(error, _MACHINE) or any(
       code in str(error) for code in _MACHINE_CODES
     )
     return (errors.CheckpointError if machine else manifests.DamagedError)(text)
-
-
-def abstract(tree: PyTree) -> PyTree:
-  """Returns shapes, dtypes and shardings, a target for `restore`.
-
-  Args:
-    tree: Tree of arrays; numpy ones stay as they are.
-
-  Returns:
-    Tree of `jax.ShapeDtypeStruct` and numpy arrays.
-  """
-  return jax.tree.map(_abstract, tree)
-
-
-def _abstract(x) -> Any:
-  if isinstance(x, np.ndarray):
-    return x
-  sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _has_content(x) -> bool:
-  """Whether Orbax gets it: it refuses empty arrays, the manifest has those."""
-  return x.size > 0 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _empty(x):
-  if isinstance(x, np.ndarray):
-    return np.empty_like(x)
-  return jax.device_put(np.empty(x.shape, x.dtype), x.sharding)
-
-
-def _placed_as(x, target):
-  """Gives an array exactly its target's sharding, so that jit sees no change.
-
-  One that was free to move between devices stays so.
-  """
-  if isinstance(x, np.ndarray):
-    return x
-  if getattr(target, "committed", True):
-    wanted = _abstract(target).sharding
-    return x if x.sharding == wanted else jax.device_put(x, wanted)
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    impl = jax.random.key_impl(x)
-    # pyrefly: ignore[bad-argument-type]
-    return jax.random.wrap_key_data(manifests.host(x), impl=impl)
-  return jax.device_put(manifests.host(x))
-
-
-def _synchronize(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
-
-
-def _on_any_process(flag: bool) -> bool:
-  if jax.process_count() == 1:
-    return flag
-  return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
 def _one_line(error: Any) -> str:

@@ -1,13 +1,18 @@
 """What a checkpoint says it holds: a path, shape, dtype and digest per leaf.
 
-`{"format": 1, "round": 7, "extra": {...}, "digest": "<of the rest>", "leaves":
-[{"path", "shape", "dtype", "digest"}, ...]}`; digests are SHA-256 of a leaf's
-global content in C order, so they are the same on every mesh.
+`{"format": 2, "round": 7, "saved": "<time>", "versions": {...}, "run": {...},
+"extra": {...}, "items": {...}, "leaves": [{"path", "shape", "dtype", "digest"},
+...], "digest": "<SHA-256 of the rest>"}`. A leaf's digest is of its global
+content (`digests.py`), so that it is the same on every mesh. `run` says what
+does not change: the config with its SHA-256, and the digest of a base that is
+not in the checkpoint. `extra` is JSON that belongs to the round.
 """
 
-import concurrent.futures
+import datetime
 import hashlib
+import importlib.metadata
 import json
+import platform
 from typing import Any
 
 import jax
@@ -16,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedfm import errors, trees
+from fedfm.checkpoint import digests
 
-FORMAT = 1
+FORMAT = 2
 PyTree = Any
+_PACKAGES = ("fedfm", "jax", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
 
 class DamagedError(errors.CheckpointError):
@@ -32,7 +39,8 @@ def digest(tree: PyTree) -> str:
     tree: Tree of arrays, on any mesh.
 
   Returns:
-    `"sha256:<64 hex digits>"`, the same on every mesh.
+    "sha256:" and 64 hex digits, the same on every mesh; all processes call it
+    together.
 
   Examples:
     >>> digest({"a": np.zeros(2)}) == digest({"a": np.zeros(2)})
@@ -40,7 +48,18 @@ def digest(tree: PyTree) -> str:
     >>> digest({"a": np.zeros(2)}) == digest({"b": np.zeros(2)})
     False
   """
-  return "sha256:" + _json_digest(_records(named_leaves(tree)))
+  return "sha256:" + json_digest(_records(named_leaves(tree)))
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that bits may depend on, by package."""
+  found = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "unknown"
+  return found
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -68,47 +87,62 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def make(
-  round: int, leaves: dict[str, Any], extra: dict[str, Any]
+  round: int,
+  leaves: dict[str, Any],
+  extra: dict[str, Any],
+  run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Makes the manifest of one round.
+  """Makes the manifest of one round, but for its `items` and `digest`.
 
   Args:
     round: The round's number.
     leaves: Path -> array.
     extra: JSON data to keep along.
+    run: JSON data that is the same for every round.
 
   Returns:
-    The manifest, as in the module's docstring.
+    The manifest, as in the module's docstring, for `seal`.
 
   Raises:
-    CheckpointError: `extra` is not JSON, or holds NaN or infinity.
+    CheckpointError: `extra` or `run` is not JSON, or holds NaN or infinity.
   """
-  try:
-    extra = json.loads(json.dumps(extra, allow_nan=False))
-  except (TypeError, ValueError) as e:
-    raise errors.CheckpointError(f"extra: not JSON: {e}") from e
-  body = {
+  now = datetime.datetime.now(datetime.UTC)
+  return {
     "format": FORMAT,
     "round": round,
+    "saved": now.isoformat("T", "seconds"),
+    "versions": versions(),
+    "run": _as_json("run", run or {}),
+    "extra": _as_json("extra", extra),
     "leaves": _records(leaves),
-    "extra": extra,
   }
-  return body | {"digest": _json_digest(body)}
+
+
+def seal(manifest: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
+  """Adds what `items.save` returned, and the digest of everything."""
+  body = manifest | {"items": items}
+  return body | {"digest": json_digest(body)}
+
+
+def is_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+  """Whether two manifests are of the same content, whenever saved."""
+  return all(a[field] == b[field] for field in ("round", "leaves", "extra"))
 
 
 def check(manifest: dict[str, Any], round: int) -> None:
   """Checks a manifest that was read back.
 
   Raises:
-    CheckpointError: It is of a newer format.
+    CheckpointError: It is of another format.
     DamagedError: It is not what was written for this round.
   """
   body = {k: v for k, v in manifest.items() if k != "digest"}
-  if manifest["digest"] != _json_digest(body):
+  if manifest["digest"] != json_digest(body):
     raise DamagedError("the manifest was changed")
-  if manifest["format"] > FORMAT:
+  if manifest["format"] != FORMAT:
+    relation = "newer" if manifest["format"] > FORMAT else "older"
     raise errors.CheckpointError(
-      f"format {manifest['format']} is newer than {FORMAT}, the newest that "
+      f"format {manifest['format']} is {relation} than {FORMAT}, the one that "
       "this version reads"
     )
   if body["round"] != round:
@@ -177,26 +211,32 @@ def host(x: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(x)
 
 
-def _sha256(x: np.ndarray) -> str:
-  flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-  return hashlib.sha256(flat.data).hexdigest()
+def json_digest(obj: Any) -> str:
+  """Returns the SHA-256 of JSON data, whatever the order of its fields.
+
+  Examples:
+    >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
+    True
+  """
+  text = json.dumps(obj, sort_keys=True, allow_nan=False)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_json(field: str, value: Any) -> Any:
+  try:
+    return json.loads(json.dumps(value, allow_nan=False))
+  except (TypeError, ValueError) as e:
+    raise errors.CheckpointError(f"{field}: not JSON: {e}") from e
 
 
 def _records(leaves: dict[str, Any]) -> list[dict[str, Any]]:
-  # hashlib lets go of the interpreter lock, so threads do help.
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    digests = pool.map(_sha256, map(host, leaves.values()))
-    return [
-      {
-        "path": path,
-        "shape": list(x.shape),
-        "dtype": str(x.dtype),
-        "digest": hex_digest,
-      }
-      for (path, x), hex_digest in zip(leaves.items(), digests)
-    ]
-
-
-def _json_digest(obj: Any) -> str:
-  text = json.dumps(obj, sort_keys=True, allow_nan=False)
-  return hashlib.sha256(text.encode()).hexdigest()
+  found = digests.digests(leaves)
+  return [
+    {
+      "path": path,
+      "shape": list(x.shape),
+      "dtype": str(x.dtype),
+      "digest": found[path],
+    }
+    for path, x in leaves.items()
+  ]

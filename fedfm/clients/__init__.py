@@ -1,7 +1,17 @@
 """What a client does, and how a cohort of them runs on lanes."""
 
-from fedfm.clients.cohort import put
+from fedfm.clients.accumulation import accumulated
+from fedfm.clients.cohort import put, put_rounds
 from fedfm.clients.engine import CohortResult, run_cohort
 from fedfm.clients.local import local_update
+from fedfm.clients.naming import naming_clients
 
-__all__ = ["CohortResult", "local_update", "put", "run_cohort"]
+__all__ = [
+  "CohortResult",
+  "accumulated",
+  "local_update",
+  "naming_clients",
+  "put",
+  "put_rounds",
+  "run_cohort",
+]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedfm import trees
+from fedfm.clients import deterministic
 from fedfm.types import Aggregator, ClientInfo, ClientUpdate, Cohort
 
 PyTree = Any
@@ -29,7 +30,7 @@ class CohortResult(NamedTuple):
     client_states: Leaves [lanes, slots, ...], as the clients left them.
     weights: [clients], 0 for absent and for masked clients.
     metrics: Leaves [clients], one scalar per client and name.
-    nonfinite: [clients] bool, clients whose message was not finite.
+    nonfinite: [clients] bool, clients whose message or loss was not finite.
     present: [clients] bool, clients with a weight above 0, masked or not.
   """
 
@@ -114,13 +115,16 @@ def run_cohort(
 
   Returns:
     A `CohortResult`. Clients of weight 0, and those that return a non-finite
-    message or weight, count for nothing and keep their state.
+    message, weight or metric, count for nothing and keep their state.
   """
   cohort = jax.tree.map(jnp.asarray, cohort)  # NumPy's, outside of a jit.
+  brought = deterministic.given()
+  if brought is not None:
+    return _collect(aggregator, cohort, brought)
   round_key = jax.random.fold_in(key, round_index)
   num_lanes, num_slots = cohort.row.shape
 
-  def client_info(slot, id_hash, row, num_examples, num_steps, weight):
+  def client_info(slot, id_hash, row, num_examples, num_steps, weight, rate):
     client_key = jax.random.fold_in(round_key, id_hash[slot, 0])
     return ClientInfo(
       key=jax.random.fold_in(client_key, id_hash[slot, 1]),
@@ -129,6 +133,7 @@ def run_cohort(
       num_examples=num_examples[slot],
       num_steps=num_steps[slot],
       weight=weight[slot],
+      rate=rate[slot],
     )
 
   def info_at(slots):
@@ -139,6 +144,7 @@ def run_cohort(
       cohort.num_examples,
       cohort.num_steps,
       cohort.weight,
+      cohort.rate,
     )
 
   def at_step(x, t):
@@ -153,20 +159,28 @@ def run_cohort(
   step_all = over_lanes(update.step, in_axes=(0, None, 0, 0))
   finish_all = over_lanes(update.finish, in_axes=(None, 0, 0))
 
-  def start_clients(carry, states, t):
-    slots = at_step(cohort.slot, t)
-    fresh = start_all(broadcast, state_at(states, slots), info_at(slots))
-    return _where_lane(at_step(cohort.start, t), fresh, carry)
-
   def step_key(lane_key, index):
     return jax.random.fold_in(lane_key, index)
 
+  def batch_at(t):
+    batch = jax.tree.map(lambda x: at_step(x, t), cohort.batches)
+    return over_lanes(_mask_rows)(batch)
+
+  def start_clients(carry, states, t):
+    slots = at_step(cohort.slot, t)
+    info = info_at(slots)
+    fresh = start_all(broadcast, state_at(states, slots), info)
+    if update.first is not None:
+      keys = over_lanes(step_key, in_axes=(0, None))(info.key, 0)
+      first_all = over_lanes(update.first, in_axes=(0, None, 0, 0))
+      fresh = first_all(fresh, base, batch_at(t), keys)
+    return _where_lane(at_step(cohort.start, t), fresh, carry)
+
   def local_step(t, carry_and_keys):
     carry, keys, started = carry_and_keys
-    batch = jax.tree.map(lambda x: at_step(x, t), cohort.batches)
     with jax.named_scope("local_step"):
       step_keys = over_lanes(step_key)(keys, t - started)
-      carry = step_all(carry, base, over_lanes(_mask_rows)(batch), step_keys)
+      carry = step_all(carry, base, batch_at(t), step_keys)
     return _split_lanes(carry), keys, started
 
   def put_slot(buffer, slot, write, value):
@@ -183,7 +197,10 @@ def run_cohort(
     info = info_at(slots)
     message, weight, new_states, metrics = finish_all(broadcast, carry, info)
     weight = weight * info.weight
-    finite = over_lanes(trees.all_finite)((message, weight, new_states))
+    # A loss that is not finite condemns a client whose message happens to be.
+    finite = over_lanes(trees.all_finite)(
+      (message, weight, new_states, metrics)
+    )
     present = ended & (info.weight > 0)
     kept = present & finite & (weight > 0)
     weight = jnp.where(kept, weight, 0)
@@ -260,7 +277,19 @@ def run_cohort(
   loop = jax.lax.fori_loop(0, cohort.num_segments, segment, loop)
   _, client_states, _, _, terms, per_client = loop
 
-  in_order = functools.partial(_in_cohort_order, cohort)
+  return _collect(
+    aggregator,
+    cohort,
+    deterministic.brought((client_states, terms, per_client)),
+  )
+
+
+def _collect(
+  aggregator: Aggregator, cohort: Cohort, brought: PyTree
+) -> CohortResult:
+  """Puts what the lanes brought together."""
+  client_states, terms, per_client = brought
+  in_order = functools.partial(in_cohort_order, cohort)
   weights, nonfinite, present, metrics = jax.tree.map(in_order, per_client)
   if aggregator.stacking:
     collected = (jax.tree.map(in_order, terms), weights)
@@ -277,8 +306,47 @@ def run_cohort(
   )
 
 
-def _in_cohort_order(cohort: Cohort, x: jax.Array) -> jax.Array:
-  """Reorders [lanes, slots, ...] to [clients, ...]; padding gives zeros."""
+def message_like(
+  update: ClientUpdate, broadcast: PyTree, client_state: PyTree
+) -> PyTree:
+  """Shapes of what one client sends; runs nothing.
+
+  Args:
+    update: One client's work.
+    broadcast: What it is sent, arrays or shapes.
+    client_state: Its state, arrays or shapes, or ().
+
+  Returns:
+    The message, a tree of `jax.ShapeDtypeStruct`.
+  """
+
+  def one(broadcast, client_state):
+    number, share = jnp.zeros((), jnp.int32), jnp.zeros(())
+    info = ClientInfo(
+      key=jax.random.key(0),
+      round=number,
+      row=number,
+      num_examples=number,
+      num_steps=number,
+      weight=share,
+      rate=share,
+    )
+    carry = update.start(broadcast, client_state, info)
+    return update.finish(broadcast, carry, info)[0]
+
+  return jax.eval_shape(one, broadcast, client_state)
+
+
+def in_cohort_order(cohort: Cohort, x: jax.Array) -> jax.Array:
+  """Reorders slots to clients.
+
+  Args:
+    cohort: Says which client is where.
+    x: [lanes, slots, ...].
+
+  Returns:
+    [clients, ...], zeros for padding.
+  """
   flat = x.reshape((-1, *x.shape[2:]))
   rows = flat[jnp.maximum(cohort.order, 0)]
   exists = (cohort.order >= 0).reshape((-1,) + (1,) * (rows.ndim - 1))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import errors, trees
+from fedfm import errors, sums, trees
 from fedfm.types import ClientUpdate, LossFn
 
 PyTree = Any
@@ -17,6 +17,7 @@ ClientOptimizer = (
   optax.GradientTransformation
   | Callable[[jax.Array], optax.GradientTransformation]
 )
+Correction = Callable[[PyTree, PyTree, PyTree], PyTree]
 WEIGHTINGS = ("examples", "tokens", "uniform")
 
 
@@ -25,19 +26,23 @@ class LocalState(NamedTuple):
 
   Attributes:
     trainable: The client's weights.
-    sent: The weights that it was sent, where a proximal term reads them; or ().
+    memory: What the correction of its gradients reads; or ().
     optimizer: Local optimizer state.
     round: int32 scalar.
+    rate: float32 scalar, multiplies the learning rate.
     loss_sum: Sum over steps of loss times count.
     count: Tokens (or examples, where the loss does not count tokens) so far.
+    lost: What rounding has added to these two too much; see `sums.add`.
   """
 
   trainable: PyTree
-  sent: PyTree
+  memory: PyTree
   optimizer: PyTree
   round: jax.Array
+  rate: jax.Array
   loss_sum: jax.Array
   count: jax.Array
+  lost: tuple[jax.Array, jax.Array]
 
 
 def as_optimizer(
@@ -54,6 +59,14 @@ def batch_count(batch: PyTree, aux: PyTree) -> jax.Array:
   if isinstance(aux, dict) and "tokens" in aux:
     return aux["tokens"]
   return jnp.sum(batch["mask"])
+
+
+def check_weighting(weighting: str) -> None:
+  """Raises ConfigError for an unknown weighting."""
+  if weighting not in WEIGHTINGS:
+    raise errors.ConfigError(
+      f"weighting: got {weighting!r}{errors.nearest(weighting, WEIGHTINGS)}"
+    )
 
 
 def client_weight(weighting: str, info: Any, count: jax.Array) -> jax.Array:
@@ -79,7 +92,7 @@ def local_update(
   optimizer: ClientOptimizer,
   *,
   weighting: str = "examples",
-  proximal: float = 0.0,
+  correction: Correction | None = None,
 ) -> ClientUpdate:
   """Builds the usual local update: steps of an optimizer from the sent weights.
 
@@ -89,49 +102,51 @@ def local_update(
       gradient clipping), or a function of the round that returns one.
     weighting: Weight of the client: its "examples", the "tokens" that it
       trained on (the sum of `aux["tokens"]`), or "uniform".
-    proximal: mu of FedProx: adds mu/2 |w - w_sent|^2 to the loss.
+    correction: `correction(grads, trainable, memory) -> grads`, the gradients
+      that the optimizer gets in place of the loss's own. `memory` is what
+      `start` was given as the client's state.
 
   Returns:
     A `ClientUpdate` whose message is the delta, trained minus sent.
 
   Raises:
-    ConfigError: Unknown weighting, or a negative or non-finite mu.
+    ConfigError: Unknown weighting.
   """
-  if weighting not in WEIGHTINGS:
-    raise errors.ConfigError(
-      f"weighting: got {weighting!r}{errors.nearest(weighting, WEIGHTINGS)}"
-    )
-  if not 0 <= proximal < float("inf"):
-    raise errors.ConfigError(
-      f"proximal: got {proximal}, expected a finite number of at least 0"
-    )
+  check_weighting(weighting)
   grad_fn = jax.value_and_grad(loss, has_aux=True)
 
-  def start(broadcast, client_state, info):
-    del client_state
+  def start(broadcast, memory, info):
     optimizer_state = as_optimizer(optimizer, info.round).init(broadcast)
-    zero = jnp.zeros((), _sum_dtype(broadcast))
-    sent = broadcast if proximal else ()
-    return LocalState(broadcast, sent, optimizer_state, info.round, zero, zero)
+    zero = jnp.zeros((), trees.sum_dtype(broadcast))
+    return LocalState(
+      trainable=broadcast,
+      memory=memory if correction else (),
+      optimizer=optimizer_state,
+      round=info.round,
+      rate=info.rate,
+      loss_sum=zero,
+      count=zero,
+      lost=(zero, zero),
+    )
 
   def step(state, base, batch, key):
     (value, aux), grads = grad_fn(state.trainable, base, batch, key)
-    if proximal:
-      grads = jax.tree.map(
-        lambda g, w, w0: g + proximal * (w - w0),
-        grads,
-        state.trainable,
-        state.sent,
-      )
+    if correction:
+      grads = correction(grads, state.trainable, state.memory)
     updates, optimizer_state = as_optimizer(optimizer, state.round).update(
       grads, state.optimizer, state.trainable
     )
+    updates = trees.scale(updates, state.rate)
     count = batch_count(batch, aux).astype(state.count.dtype)
+    loss = value.astype(state.count.dtype) * count
+    loss_sum, lost_loss = sums.add(state.loss_sum, state.lost[0], loss)
+    count, lost_count = sums.add(state.count, state.lost[1], count)
     return state._replace(
       trainable=optax.apply_updates(state.trainable, updates),
       optimizer=optimizer_state,
-      loss_sum=state.loss_sum + value.astype(state.count.dtype) * count,
-      count=state.count + count,
+      loss_sum=loss_sum,
+      count=count,
+      lost=(lost_loss, lost_count),
     )
 
   def finish(broadcast, state, info):
@@ -144,9 +159,3 @@ def local_update(
     return delta, client_weight(weighting, info, state.count), (), metrics
 
   return ClientUpdate(start, step, finish)
-
-
-def _sum_dtype(trainable: PyTree) -> Any:
-  """float32, or float64 where the trainable is."""
-  dtypes = [x.dtype for x in jax.tree.leaves(trainable)]
-  return jnp.result_type(jnp.float32, *dtypes)

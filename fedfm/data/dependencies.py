@@ -1,8 +1,10 @@
 """Public text to pre-train on: the sources of installed dependencies.
 
-Nothing of the standard library may be among them, as it is what the quickstart
-federates and evaluates on: files that share more than a few lines with it (old
-copies, backports, vendored modules) are left out.
+Python, but also C and C++ headers, Cython, type stubs and documents: a base
+knows more than the domain that it is federated in. Nothing of the standard
+library may be among them, as it is what the quickstart federates and evaluates
+on: files that share more than a few lines with it (old copies, backports,
+vendored modules) are left out.
 """
 
 from collections.abc import Iterable
@@ -11,6 +13,11 @@ import importlib.metadata
 import pathlib
 import sysconfig
 
+PYTHON = (".py",)
+OTHER_TEXT = (
+  ".c", ".cc", ".css", ".f90", ".h", ".hpp", ".html", ".js", ".md", ".proto",
+  ".pxd", ".pxi", ".pyi", ".pyx", ".rst", ".txt",
+)  # fmt: skip
 _SHINGLE_LINES = 3
 _MIN_BYTES = 512
 _MAX_BYTES = 200_000
@@ -41,11 +48,13 @@ def shingles(text: str) -> set[int]:
 
 def source_files(
   distributions: Iterable[str] | None = None,
+  suffixes: Iterable[str] = PYTHON,
 ) -> list[tuple[str, str, str]]:
-  """Reads the Python files of installed distributions, without duplicates.
+  """Reads the text files of installed distributions, without duplicates.
 
   Args:
     distributions: Names of distributions; default all that are installed.
+    suffixes: Endings of the files to read.
 
   Returns:
     A list of (distribution, path, text), sorted; UTF-8 files of 512 bytes to
@@ -55,10 +64,11 @@ def source_files(
     distributions = {
       d.metadata["Name"] for d in importlib.metadata.distributions()
     }
+  suffixes = tuple(suffixes)
   found, seen = [], set()
   for name in sorted(distributions):
     for path in importlib.metadata.files(name) or ():
-      if path.suffix != ".py" or any(
+      if path.suffix not in suffixes or any(
         p.startswith(_EXCLUDED) for p in path.parts
       ):
         continue
@@ -118,3 +128,27 @@ def without_copies(
     else:
       kept.append((name, path, text))
   return kept, left_out
+
+
+def without_near_duplicates(
+  files: list[tuple[str, str, str]], max_shared: float = 0.5
+) -> list[tuple[str, str, str]]:
+  """Leaves out files that mostly repeat those before them.
+
+  Args:
+    files: (distribution, path, text); the first of near-duplicates stays.
+    max_shared: Largest share of a file's three-line runs that may also stand in
+      the files kept before it.
+
+  Returns:
+    The files kept, in order.
+  """
+  known: set[int] = set()
+  kept = []
+  for file in files:
+    own = shingles(file[2])
+    if own and len(own & known) / len(own) > max_shared:
+      continue
+    known |= own
+    kept.append(file)
+  return kept

@@ -1,59 +1,74 @@
-"""Populations stored in files: JSON Lines, and TFDS data sets."""
+"""Populations stored in files: JSON, one or many, and TFDS data sets."""
 
 import array
 from collections.abc import Iterator, Sequence
 import contextlib
 import gzip
-import json
 import os
+import pathlib
+import re
 from typing import Any
 import zlib
 
 import numpy as np
 
 from fedfm import errors
-from fedfm.data import source
+from fedfm.data import json_rows, source
 
 ClientSource = source.ClientSource
 Examples = source.Examples
 
 
 def from_jsonl(
-  path: str | os.PathLike[str], client_key: str, text_key: str
+  path: str | os.PathLike[str],
+  client_key: str,
+  text_key: str | Sequence[str],
+  *,
+  required: Sequence[str] = (),
+  token_key: str | None = None,
+  label_key: str | None = None,
+  category_key: str | None = None,
 ) -> ClientSource:
-  """Makes a source of text from a file with one JSON object a line.
+  """Makes a source from a file with one JSON object a line.
 
   One pass indexes and checks the file; later reads seek to a client's lines.
   A file that ends in `.gz` cannot be sought in, so its text stays in memory.
 
   Args:
     path: A `.jsonl` or `.jsonl.gz` file in UTF-8; blank lines are skipped.
-    client_key: The key of the client's id, a string.
-    text_key: The key of the example's text, a string.
+    client_key: The key of the client's id, a string; "" for one client, "all".
+    text_key: The key of the example's text, a string; or several.
+    required: Those of the text's keys whose text may not be empty.
+    token_key: A key of a list of token ids, or None.
+    label_key: A key of a label, an integer of at least 0, or None.
+    category_key: A key of a string or an integer, read as text, or None.
 
   Returns:
-    A `ClientSource` in order of first appearance; reads are {text_key: object
-    array of str [examples]} in the file's order.
+    A `ClientSource` in order of first appearance; reads are {key: object array
+    [examples] of str, or of int32 [tokens]} and {label_key: int64 [examples]},
+    in the file's order.
 
   Raises:
     DataError: A file that cannot be read or has no rows, a line that is not a
-      JSON object with both strings (says which line), or a client whose texts
+      JSON object with all of this (says which line), or a client whose texts
       are all empty.
   """
   path = os.fspath(path)
-  keys = (client_key, text_key)
+  row_format = make_row_format(
+    client_key, text_key, required, token_key, label_key, category_key
+  )
   compressed = path.endswith(".gz")
-  # Byte offsets, or the texts themselves where the file cannot be sought in.
+  # Byte offsets, or the values themselves where the file cannot be sought in.
   rows: dict[str, Any] = {}
   empty: dict[str, None] = {}
-  for offset, where, line in _lines(path, compressed):
-    client_id, text = _parse_row(line, where, keys)
-    if text:
+  for offset, where, line in lines(path, compressed):
+    client_id, values = row_format.parse(line, where)
+    if any(values[: len(row_format.texts)]) or row_format.tokens:
       empty.pop(client_id, None)
     elif client_id not in rows:
       empty[client_id] = None
     if compressed:
-      rows.setdefault(client_id, []).append(text)
+      rows.setdefault(client_id, []).append(values)
     else:
       rows.setdefault(client_id, array.array("q")).append(offset)
   if not rows:
@@ -61,33 +76,150 @@ def from_jsonl(
   for client_id in empty:
     raise errors.DataError(f"{path}: client {client_id!r}: has no text")
 
-  def read_texts(client_id: str) -> list[str]:
+  def read_rows(client_id: str) -> list[list[Any]]:
     if compressed:
       return rows[client_id]
-    texts = []
+    found = []
     try:
       with open(path, "rb") as file:
         for offset in rows[client_id]:
           file.seek(offset)
           where = f"{path}, byte {offset}"
-          found_id, text = _parse_row(file.readline(), where, keys)
+          found_id, values = row_format.parse(file.readline(), where)
           if found_id != client_id:
             raise errors.DataError(
               f"{where}: got client {found_id!r}, expected {client_id!r}; the"
               " file changed since it was indexed"
             )
-          texts.append(text)
+          found.append(values)
     except OSError as e:
       raise _unreadable(path, e) from None
-    return texts
+    return found
 
   def read(client_id: str) -> Examples:
-    return {text_key: np.array(read_texts(client_id), dtype=object)}
+    return row_format.columns(read_rows(client_id))
 
   return ClientSource(tuple(rows), lambda c: len(rows[c]), read)
 
 
-def _lines(path: str, compressed: bool) -> Iterator[tuple[int, str, bytes]]:
+def from_files(
+  directory: str | os.PathLike[str],
+  pattern: str,
+  text_key: str | Sequence[str],
+  *,
+  required: Sequence[str] = (),
+  token_key: str | None = None,
+  category_key: str | None = None,
+) -> ClientSource:
+  """Makes a source of a folder in which every file is a client.
+
+  Args:
+    directory: The folder.
+    pattern: Which of its files, such as "local_training_*.json"; each holds a
+      JSON array of objects (.json), or one object a line (any other name).
+    text_key: As in `from_jsonl`.
+    required: Likewise.
+    token_key: Likewise.
+    category_key: Likewise.
+
+  Returns:
+    A `ClientSource` whose ids are the files' names without what follows the
+    last dot, in the order of the numbers and letters in them; reads as those of
+    `from_jsonl`.
+
+  Raises:
+    DataError: No such file, two of one id, a file that cannot be read or has no
+      rows, or a row that is malformed (says which).
+  """
+  row_format = make_row_format(
+    "", text_key, required, token_key, category_key=category_key
+  )
+  folder = pathlib.Path(directory)
+  if not folder.is_dir():
+    raise errors.DataError(f"{folder}: is not a folder")
+  try:
+    files = sorted(filter(pathlib.Path.is_file, folder.glob(pattern)))
+  except (ValueError, NotImplementedError):
+    files = []
+  if not files:
+    raise errors.DataError(f"{folder}: holds no file {pattern!r}")
+  by_id: dict[str, pathlib.Path] = {}
+  for file in sorted(files, key=_natural):
+    if file.stem in by_id:
+      raise errors.DataError(
+        f"{file}: is the client {file.stem!r} as {by_id[file.stem].name} is"
+      )
+    by_id[file.stem] = file
+
+  def rows_of(client_id: str) -> list[list[Any]]:
+    file = by_id[client_id]
+    return [row_format.check(x, at)[1] for at, x in _objects(file)]
+
+  sizes = {client_id: len(rows_of(client_id)) for client_id in by_id}
+  for client_id, size in sizes.items():
+    if not size:
+      raise errors.DataError(
+        f"{by_id[client_id]}: got no rows, expected at least 1"
+      )
+
+  def read(client_id: str) -> Examples:
+    rows = rows_of(client_id)
+    if len(rows) != sizes[client_id]:
+      raise errors.DataError(
+        f"{by_id[client_id]}: got {len(rows)} rows, expected "
+        f"{sizes[client_id]}; the file changed since it was indexed"
+      )
+    return row_format.columns(rows)
+
+  return ClientSource(tuple(by_id), sizes.__getitem__, read)
+
+
+def make_row_format(
+  client_key: str,
+  text_key: str | Sequence[str],
+  required: Sequence[str] = (),
+  token_key: str | None = None,
+  label_key: str | None = None,
+  category_key: str | None = None,
+) -> json_rows.RowFormat:
+  """What a line must hold, by the arguments of `from_jsonl`."""
+  return json_rows.RowFormat(
+    client_key=client_key,
+    texts=(text_key,) if isinstance(text_key, str) else tuple(text_key),
+    required=tuple(required),
+    tokens=() if token_key is None else (token_key,),
+    labels=() if label_key is None else (label_key,),
+    categories=() if category_key is None else (category_key,),
+  )
+
+
+def _natural(path: pathlib.Path) -> list[Any]:
+  """Sorts client_2 before client_10."""
+  parts = re.split("([0-9]+)", path.name)
+  return [(int(x), "") if x.isdigit() else (-1, x) for x in parts]
+
+
+def _objects(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Yields ("file:place", row) of a JSON array, or of a file of lines."""
+  if path.suffix != ".json":
+    compressed = path.suffix == ".gz"
+    for _, where, line in lines(os.fspath(path), compressed):
+      yield where, json_rows.loads(line, where)
+    return
+  try:
+    content = path.read_bytes()
+  except OSError as e:
+    raise _unreadable(path, e) from None
+  rows = json_rows.loads(content, str(path))
+  if not isinstance(rows, list):
+    raise errors.DataError(
+      f"{path}: got a JSON {type(rows).__name__}, expected an array of objects"
+    )
+  for index, row in enumerate(rows):
+    yield f"{path}, row {index}", row
+
+
+def lines(path: str, compressed: bool) -> Iterator[tuple[int, str, bytes]]:
   """Yields (byte offset, "file:line", line) of the lines that are not blank."""
   offset = 0
   try:
@@ -96,7 +228,7 @@ def _lines(path: str, compressed: bool) -> Iterator[tuple[int, str, bytes]]:
         if line.strip():
           yield offset, f"{path}:{number}", line
         offset += len(line)
-  except (OSError, EOFError, zlib.error) as e:
+  except (OSError, EOFError, ValueError, zlib.error) as e:
     raise _unreadable(path, e) from None
 
 
@@ -107,67 +239,38 @@ def _unreadable(
   return errors.DataError(f"{path}: cannot be read: {reason}")
 
 
-def _parse_row(line: bytes, where: str, keys: tuple[str, str]) -> list[str]:
-  """Returns the strings under `keys` of a line's JSON object."""
-  try:
-    row = json.loads(line.decode())
-  except UnicodeDecodeError as e:
-    raise errors.DataError(f"{where}: not UTF-8 at byte {e.start}") from None
-  except (ValueError, RecursionError) as e:
-    raise errors.DataError(f"{where}: not JSON: {e}") from None
-  if not isinstance(row, dict):
-    raise errors.DataError(
-      f"{where}: got a JSON {type(row).__name__}, expected an object"
-    )
-  for key in keys:
-    if key not in row:
-      raise errors.DataError(
-        f"{where}: key {key!r} is missing{errors.nearest(key, row)}"
-      )
-    if not isinstance(row[key], str):
-      raise errors.DataError(
-        f"{where}: {key!r} is {type(row[key]).__name__}, expected a string"
-      )
-    try:
-      row[key].encode()
-    except UnicodeEncodeError:
-      raise errors.DataError(
-        f"{where}: {key!r} holds a lone surrogate, expected text that UTF-8"
-        " can encode"
-      ) from None
-  if not row[keys[0]]:
-    raise errors.DataError(
-      f"{where}: {keys[0]!r} is empty, expected a client id"
-    )
-  return [row[key] for key in keys]
-
-
 def from_tfds(
   name: str,
   split: str,
   client_key: str,
   data_dir: str | os.PathLike | None = None,
   fields: Sequence[str] | None = None,
+  label_key: str | None = None,
+  num_classes: int = 0,
 ) -> ClientSource:
   """Makes a source of a prepared TFDS data set, without TensorFlow.
 
-  One pass reads the client of every record; later reads fetch a client's
-  records by their index. Nothing is downloaded.
+  One pass reads the client of every record, and checks the labels that the data
+  set itself does not bound; later reads fetch a client's records by their
+  index. Nothing is downloaded.
 
   Args:
     name: The data set, e.g. `"federated_emnist/digits:1.0.0"`.
     split: The split, e.g. `"train"` or `"train[:10%]"`.
     client_key: The feature that names the client, a string or an integer; it
-      is left out of what is read.
+      is left out of what is read. "" for one client, "all".
     data_dir: Where TFDS keeps its data; default as TFDS.
     fields: Which features to read; default all.
+    label_key: The feature of labels in [0, num_classes), or None.
+    num_classes: The model's classes.
 
   Returns:
     A `ClientSource` in order of first appearance; strings are read as bytes.
 
   Raises:
     DataError: A data set that is unknown, not prepared or not in ArrayRecord
-      files, an unknown split or feature, or examples of different shapes.
+      files, an unknown split or feature, labels that are no such integers, or
+      examples of different shapes.
   """
   # Takes 0.7 s to import, which users of other sources need not wait for.
   import tensorflow_datasets as tfds
@@ -198,14 +301,24 @@ def from_tfds(
   features = builder.info.features
   if fields is None:
     fields = [key for key in features if key != client_key]
-  for key in (client_key, *fields):
-    if key not in features:
+  for key in (client_key, *fields, label_key):
+    if key and key not in features:
       raise errors.DataError(
         f"{where}: no feature {key!r}{errors.nearest(key, features)}"
       )
+  checked = label_key
+  if label_key:
+    known = getattr(features[label_key], "num_classes", None)
+    if known is not None and known > num_classes:
+      raise errors.DataError(
+        f"{where}: feature {label_key!r} has {known} classes, but the model has"
+        f" {num_classes}"
+      )
+    checked = label_key if known is None else None
   # Features that are not asked for (images, say) are never decoded.
-  only_client: Any = tfds.features.FeaturesDict(
-    {client_key: features[client_key]}
+  indexed = [key for key in (client_key, checked) if key]
+  only_indexed: Any = tfds.features.FeaturesDict(
+    {key: features[key] for key in indexed}
   )
   only_fields: Any = tfds.features.FeaturesDict(
     {k: features[k] for k in fields}
@@ -213,9 +326,17 @@ def from_tfds(
 
   rows: dict[str, Any] = {}
   for row in range(len(records)):
-    with _data_errors(f"{where}: split {split!r}, record {row}"):
-      value = only_client.deserialize_example_np(records[row])[client_key]
-    client_id = _client_id(value, f"{where}, record {row}")
+    values = {}
+    if indexed:
+      with _data_errors(f"{where}: split {split!r}, record {row}"):
+        values = only_indexed.deserialize_example_np(records[row])
+    if checked:
+      _check_label(
+        values[checked], num_classes, f"{where}, record {row}: {checked!r}"
+      )
+    client_id = json_rows.ALL
+    if client_key:
+      client_id = _client_id(values[client_key], f"{where}, record {row}")
     rows.setdefault(client_id, array.array("q")).append(row)
   if not rows:
     raise errors.DataError(f"{where}: split {split!r} has no examples")
@@ -256,3 +377,17 @@ def _client_id(value: Any, where: str) -> str:
   raise errors.DataError(
     f"{where}: client is {type(value).__name__}, expected a string or integer"
   )
+
+
+def _check_label(value: Any, num_classes: int, where: str) -> None:
+  """Raises DataError unless a feature is an integer in [0, num_classes)."""
+  label = np.asarray(value)
+  if label.ndim or label.dtype.kind not in "iu":
+    raise errors.DataError(
+      f"{where} is {label.dtype} of shape {list(label.shape)}, expected an "
+      "integer"
+    )
+  if not 0 <= label < num_classes:
+    raise errors.DataError(
+      f"{where} is {label}, expected 0 to {num_classes - 1}"
+    )

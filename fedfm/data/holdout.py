@@ -1,5 +1,6 @@
 """Holding out clients, and a part of each client, for evaluation."""
 
+from collections.abc import Sequence
 import hashlib
 
 import numpy as np
@@ -45,6 +46,36 @@ def hold_out(
     )
   unseen = set(ranked[:num_unseen])
   seen = [c for c in source.ids if c not in unseen]
+  train, held_out = split_examples(source, seen, heldout_fraction, seed)
+  evals = {}
+  with_held_out = [c for c in seen if held_out.size(c)]
+  if with_held_out:
+    evals["seen"] = source_lib.subset(held_out, with_held_out)
+  if unseen:
+    evals["unseen"] = source_lib.subset(
+      source, [c for c in source.ids if c in unseen]
+    )
+  return source_lib.FederatedData(train=train, evals=evals)
+
+
+def split_examples(
+  source: source_lib.ClientSource,
+  ids: Sequence[str],
+  heldout_fraction: float,
+  seed: int = 0,
+) -> tuple[source_lib.ClientSource, source_lib.ClientSource]:
+  """Holds out a share of each client's examples.
+
+  Args:
+    source: The clients.
+    ids: Those to split.
+    heldout_fraction: As in `hold_out`.
+    seed: Likewise.
+
+  Returns:
+    What is left to train on, and what is held out, where a client may hold
+    nothing.
+  """
 
   def held_out_rows(client_id: str) -> np.ndarray:
     size = source.size(client_id)
@@ -58,7 +89,7 @@ def hold_out(
     chosen[order[:count]] = True
     return chosen
 
-  def part(ids, held_out: bool) -> source_lib.ClientSource:
+  def part(held_out: bool) -> source_lib.ClientSource:
     def size(client_id):
       return int(np.sum(held_out_rows(client_id) == held_out))
 
@@ -68,12 +99,4 @@ def hold_out(
 
     return source_lib.ClientSource(ids, size, read)
 
-  evals = {}
-  with_held_out = [c for c in seen if held_out_rows(c).any()]
-  if with_held_out:
-    evals["seen"] = part(with_held_out, True)
-  if unseen:
-    evals["unseen"] = source_lib.subset(
-      source, [c for c in source.ids if c in unseen]
-    )
-  return source_lib.FederatedData(train=part(seen, False), evals=evals)
+  return part(False), part(True)

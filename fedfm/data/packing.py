@@ -1,9 +1,4 @@
-"""Packing: lays the clients of a round out on lanes, on the host.
-
-Clients are assigned longest first to the least loaded lane (LPT, Graham 1969),
-so the longest lane is at most 4/3 of the best possible and in practice within a
-percent of max(mean load, largest client).
-"""
+"""Packing: lays the clients of a round out on lanes, on the host."""
 
 from collections.abc import Iterable, Sequence
 import hashlib
@@ -14,10 +9,11 @@ import jax
 import numpy as np
 
 from fedfm import errors
+from fedfm.data.layout import align, assign, auto_lanes, bucket
 from fedfm.data.source import ClientSource
 from fedfm.types import Cohort
 
-_LANES_PER_ACCELERATOR = 16
+_NUM_EXAMPLES = "num_examples"
 
 
 def id_hash(client_id: str) -> np.ndarray:
@@ -62,71 +58,6 @@ def steps_per_client(
   return steps if local_steps is None else min(steps, local_steps)
 
 
-def assign(steps: Sequence[int], num_lanes: int) -> list[list[int]]:
-  """Assigns clients to lanes, longest first to the least loaded.
-
-  Args:
-    steps: Local steps of each client.
-    num_lanes: Number of lanes.
-
-  Returns:
-    For each lane, the indices of its clients in the order they run.
-
-  Examples:
-    >>> assign([1, 5, 2, 2], 2)
-    [[1], [2, 3, 0]]
-  """
-  lanes: list[list[int]] = [[] for _ in range(num_lanes)]
-  loads = np.zeros(num_lanes, np.int64)
-  for client in np.argsort(-np.asarray(steps, np.int64), kind="stable"):
-    lane = int(np.argmin(loads))
-    lanes[lane].append(int(client))
-    loads[lane] += steps[int(client)]
-  return lanes
-
-
-def auto_lanes(steps: Sequence[int], num_devices: int, on_cpu: bool) -> int:
-  """Chooses the number of lanes for a cohort.
-
-  On a CPU one lane a device is best (its caches hold one client's activations);
-  an accelerator wants many, but no more than keep every lane busy: lanes beyond
-  total / largest only wait for the largest client.
-
-  Args:
-    steps: Local steps of each client.
-    num_devices: Devices that lanes are split over.
-    on_cpu: Whether these are CPU devices.
-
-  Returns:
-    A multiple of `num_devices`.
-  """
-  if on_cpu or not len(steps):
-    return num_devices
-  useful = min(len(steps), sum(steps) // max(steps))
-  per_device = min(_LANES_PER_ACCELERATOR, -(-useful // num_devices))
-  return num_devices * max(1, per_device)
-
-
-def bucket(size: int, allowed: Iterable[int] | None = None) -> int:
-  """Rounds a buffer's size up, so that few distinct sizes are compiled.
-
-  Args:
-    size: The size needed.
-    allowed: Sizes to choose from; a larger need, or None, gives a power of two.
-
-  Returns:
-    The smallest allowed size that holds `size`.
-
-  Examples:
-    >>> bucket(5), bucket(5, [4, 6, 12])
-    (8, 6)
-  """
-  for candidate in sorted(allowed or ()):
-    if size <= candidate:
-      return candidate
-  return 1 << max(0, int(size) - 1).bit_length()
-
-
 def _check_integer(name, value, least, most=None, otherwise="") -> None:
   integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
   if not integer or value < least or (most is not None and value > most):
@@ -134,6 +65,17 @@ def _check_integer(name, value, least, most=None, otherwise="") -> None:
     raise errors.ConfigError(
       f"{name}: got {value!r}, expected an integer of {allowed}{otherwise}"
     )
+
+
+def _one_a_client(name, value, ids) -> list:
+  """Repeats a single value; checks that several are as many as the clients."""
+  if not isinstance(value, list | tuple | np.ndarray):
+    return [value] * len(ids)
+  if len(value) != len(ids):
+    raise errors.ConfigError(
+      f"{name}: got {len(value)} numbers for {len(ids)} clients"
+    )
+  return list(value)
 
 
 def _check_lanes(lanes, processes) -> None:
@@ -153,17 +95,22 @@ def pack(
   shuffle: bool = False,
   seed: int = 0,
   round: int = 0,  # pylint: disable=redefined-builtin
-  local_steps: int | None = None,
+  local_steps: int | Sequence[int | None] | None = None,
   max_examples: int | None = None,
+  rates: Sequence[float] | None = None,
+  aligned: bool = False,
   process_index: int = 0,
   process_count: int = 1,
   step_buckets: Iterable[int] | None = None,
   slot_buckets: Iterable[int] | None = None,
+  client_buckets: Iterable[int] | None = None,
 ) -> Cohort:
   """Packs clients' examples into batches on lanes.
 
   Args:
-    source: Where the examples are; numeric leaves only.
+    source: Where the examples are; numeric leaves only. Rows that hold several
+      examples say how many in a field "num_examples" [rows], which is counted
+      for the clients' weights and not put into batches.
     ids: The cohort, each client once.
     batch_size: Examples a local step.
     epochs: Passes over each client's examples.
@@ -172,12 +119,17 @@ def pack(
       client); otherwise the stored order.
     seed: Seed of the shuffle.
     round: Round of the shuffle.
-    local_steps: Most steps a client takes, or None.
+    local_steps: Most steps a client takes, or one such number a client, or
+      None.
     max_examples: Most examples a client uses in an epoch, or None.
+    rates: Multiplies each client's learning rate; default 1.
+    aligned: Put every client on the lane and slot where its row of the client
+      store lies; see `align`. All of `source.ids` have a slot.
     process_index: This process; it reads only the clients of its own lanes.
     process_count: Processes; `lanes` must divide by it.
     step_buckets: Allowed lengths of the step axis; default powers of two.
     slot_buckets: Likewise for clients a lane.
+    client_buckets: Likewise for clients of the cohort.
 
   Returns:
     A `Cohort` of NumPy arrays, this process's lanes only. Clients' order in
@@ -193,14 +145,22 @@ def pack(
   _check_integer("round", round, 0, 2**32 - 1)
   _check_integer("process_count", process_count, 1)
   _check_integer("process_index", process_index, 0, process_count - 1)
-  if local_steps is not None:
-    _check_integer("local_steps", local_steps, 1, otherwise=", or None")
+  ids = list(ids)
+  caps = _one_a_client("local_steps", local_steps, ids)
+  for cap in caps:
+    if cap is not None:
+      _check_integer("local_steps", cap, 1, otherwise=", or None")
+  rates = _one_a_client("rates", 1.0 if rates is None else rates, ids)
+  for rate in rates:
+    if not 0 <= rate < float("inf"):
+      raise errors.ConfigError(
+        f"rates: got {rate}, expected finite numbers of at least 0"
+      )
   if max_examples is not None:
     _check_integer("max_examples", max_examples, 1, otherwise=", or None")
   if lanes != "auto":
     _check_integer("lanes", lanes, 1, otherwise=", or 'auto'")
     _check_lanes(lanes, process_count)
-  ids = list(ids)
   if len(set(ids)) < len(ids):
     repeated = next(i for i in ids if ids.count(i) > 1)
     raise errors.DataError(f"cohort: client {repeated!r} is there twice")
@@ -209,29 +169,39 @@ def pack(
     if size < 1:
       raise errors.DataError(f"client {client_id!r}: has no examples")
   steps = [
-    steps_per_client(n, batch_size, epochs, local_steps, max_examples)
-    for n in sizes
+    steps_per_client(n, batch_size, epochs, cap, max_examples)
+    for n, cap in zip(sizes, caps)
   ]
   if lanes == "auto":
     lanes = auto_lanes(
-      steps, jax.device_count(), jax.default_backend() == "cpu"
+      steps,
+      jax.device_count(),
+      jax.default_backend() == "cpu",
+      len(source) if aligned else None,
     )
     logging.getLogger(__name__).debug(
       "lanes='auto' chose %d for %d clients", lanes, len(ids)
     )
     _check_lanes(lanes, process_count)
-  layout = assign(steps, lanes)
+  rows = [source.index(i) for i in ids]
+  if aligned:
+    layout = align(rows, len(source), lanes)
+    num_slots = len(source) // lanes
+    slot_of = {client: row % num_slots for client, row in enumerate(rows)}
+  else:
+    layout = assign(steps, lanes)
+    num_slots = bucket(max(max(map(len, layout)), 1), slot_buckets)
+    slot_of = {c: slot for lane in layout for slot, c in enumerate(lane)}
   lane_steps = [sum(steps[c] for c in clients) for clients in layout]
   num_steps = bucket(max(max(lane_steps), 1), step_buckets)
-  num_slots = bucket(max(max(map(len, layout)), 1), slot_buckets)
 
   ends = sorted({e for c in layout for e in np.cumsum([steps[i] for i in c])})
   boundaries = np.full(num_steps + 1, ends[-1] if ends else 0, np.int32)
   boundaries[: len(ends) + 1] = [0, *ends]
-  order = np.full(bucket(len(ids)) if ids else 1, -1, np.int32)
+  order = np.full(bucket(max(len(ids), 1), client_buckets), -1, np.int32)
   for lane, clients in enumerate(layout):
-    for slot, client in enumerate(clients):
-      order[client] = lane * num_slots + slot
+    for client in clients:
+      order[client] = lane * num_slots + slot_of[client]
 
   per_process = lanes // process_count
   first = process_index * per_process
@@ -246,15 +216,16 @@ def pack(
     "num_examples": np.zeros(slots, np.int32),
     "num_steps": np.zeros(slots, np.int32),
     "weight": np.zeros(slots, np.float32),
+    "rate": np.ones(slots, np.float32),
   }
   batches = _empty_batches(source, ids, (*shape, batch_size))
   for lane, clients in enumerate(own):
     at = 0
-    for slot, client in enumerate(clients):
-      client_id, count = ids[client], steps[client]
+    for client in clients:
+      client_id, count, slot = ids[client], steps[client], slot_of[client]
       examples = source.read(client_id)
       words = id_hash(client_id)
-      rows = _example_rows(
+      chosen = _example_rows(
         min(sizes[client], max_examples or sizes[client]),
         sizes[client],
         epochs,
@@ -270,13 +241,18 @@ def pack(
             f"client {client_id!r}, field {name!r}: {len(x)} examples, "
             f"expected {sizes[client]}"
           )
-      _fill(batches, (lane, slice(at, at + count)), examples, rows, client_id)
+      _fill(batches, (lane, slice(at, at + count)), examples, chosen, client_id)
       arrays["slot"][lane, at:] = slot
       arrays["start"][lane, at] = True
       arrays["end"][lane, at + count - 1] = True
       arrays["id_hash"][lane, slot] = words
-      arrays["row"][lane, slot] = source.index(client_id)
-      arrays["num_examples"][lane, slot] = len(np.unique(rows[rows >= 0]))
+      arrays["row"][lane, slot] = rows[client]
+      arrays["rate"][lane, slot] = rates[client]
+      used = np.unique(chosen[chosen >= 0])
+      held = examples.get(_NUM_EXAMPLES)
+      arrays["num_examples"][lane, slot] = (
+        len(used) if held is None else np.sum(held[used])
+      )
       arrays["num_steps"][lane, slot] = count
       arrays["weight"][lane, slot] = 1
       at += count
@@ -285,6 +261,7 @@ def pack(
     boundaries=boundaries,
     num_segments=np.asarray(len(ends), np.int32),
     order=order,
+    aligned=aligned,
     **arrays,
   )
 
@@ -312,7 +289,7 @@ def _empty_batches(source, ids, shape) -> dict[str, np.ndarray]:
   """Zeros of the leaves' shapes, [lanes, steps, batch, ...]."""
   example = source.read(ids[0] if ids else source.ids[0])
   batches = {"mask": np.zeros(shape, np.float32)}
-  for name, x in example.items():
+  for name, x in _leaves(example).items():
     x = np.asarray(x)
     if x.dtype.kind not in "biuf" and x.dtype.name != "bfloat16":
       raise errors.DataError(
@@ -327,10 +304,16 @@ def _empty_batches(source, ids, shape) -> dict[str, np.ndarray]:
   return batches
 
 
+def _leaves(examples):
+  """What goes into batches."""
+  return {name: x for name, x in examples.items() if name != _NUM_EXAMPLES}
+
+
 def _fill(batches, where, examples, rows, client_id) -> None:
   """Copies a client's examples into its steps of one lane."""
   valid = rows >= 0
   batches["mask"][where] = valid
+  examples = _leaves(examples)
   if set(examples) != set(batches) - {"mask"}:
     raise errors.DataError(
       f"client {client_id!r}: fields {sorted(examples)}, expected "

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from fedfm import errors
-from fedfm.data import sampling, source
+from fedfm.data import layout, sampling, source
 
 
 def iid(
-  arrays: Mapping[str, Any], num_clients: int, seed: int = 0
+  arrays: Mapping[str, Any],
+  num_clients: int,
+  seed: int = 0,
+  sizes: Sequence[int] | None = None,
 ) -> source.ClientSource:
   """Deals the examples out at random, sizes differing by at most 1.
 
@@ -19,12 +22,15 @@ def iid(
     arrays: {field: array [examples, ...]}.
     num_clients: How many clients.
     seed: In [0, 2**32).
+    sizes: Examples of each client, at least 1, all examples in sum; default as
+      even as can be.
 
   Returns:
     A `ClientSource` with ids such as `client_00007`.
 
   Raises:
-    ConfigError: More clients than examples, or a bad seed.
+    ConfigError: More clients than examples, sizes that do not add up, or a bad
+      seed.
     DataError: Malformed arrays.
 
   Examples:
@@ -33,7 +39,52 @@ def iid(
   """
   arrays, num_examples = _check(arrays, num_clients)
   order = sampling.generator("iid", seed).permutation(num_examples)
+  if sizes is not None:
+    fits = len(sizes) == num_clients and sum(sizes) == num_examples
+    if not fits or min(sizes) < 1:
+      raise errors.ConfigError(
+        f"sizes: got {len(sizes)} sizes of {sum(sizes)} examples in sum, "
+        f"expected {num_clients} of {num_examples}, each at least 1"
+      )
+    return _numbered(arrays, np.split(order, np.cumsum(sizes)[:-1]))
   return _numbered(arrays, np.array_split(order, num_clients))
+
+
+def merged(
+  clients: source.ClientSource, num_clients: int
+) -> source.ClientSource:
+  """Joins whole clients into fewer, of sizes as even as that allows.
+
+  Replicas of a federated pre-training hold the data of many; they differ as
+  their members do. Largest first, each to the smallest so far.
+
+  Args:
+    clients: The members, numeric.
+    num_clients: How many to make.
+
+  Returns:
+    A `ClientSource` with ids such as `client_00007`.
+
+  Raises:
+    ConfigError: More clients than there are members.
+  """
+  _check_count("num_clients", num_clients)
+  if num_clients > len(clients):
+    raise errors.ConfigError(
+      f"num_clients: got {num_clients}, but there are {len(clients)} to merge"
+    )
+  sizes = [clients.size(i) for i in clients.ids]
+  members = layout.assign(sizes, num_clients)
+  ids = [f"client_{i:05d}" for i in range(num_clients)]
+  of = {i: [clients.ids[m] for m in own] for i, own in zip(ids, members)}
+
+  def read(client_id: str) -> source.Examples:
+    parts = [clients.read(m) for m in of[client_id]]
+    return {k: np.concatenate([x[k] for x in parts]) for k in parts[0]}
+
+  return source.ClientSource(
+    ids, lambda i: sum(clients.size(m) for m in of[i]), read
+  )
 
 
 def dirichlet(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedfm import errors
+from fedfm.data.source import KnownIds
 
 
 class Sampler(NamedTuple):
@@ -131,7 +132,8 @@ def poisson(ids: Sequence[str], rate: float, seed: int = 0) -> Sampler:
 
   def sample(round_number: int) -> list[str]:
     rng = generator("poisson", seed, _check_round(round_number))
-    return [ids[i] for i in np.flatnonzero(rng.random(len(ids)) < rate)]
+    there = np.flatnonzero(rng.random(len(ids)) < rate)
+    return [ids[i] for i in there.tolist()]
 
   return Sampler(sample, "poisson", len(ids), None, float(rate))
 
@@ -238,11 +240,85 @@ def round_robin(
   return Sampler(sample, "round_robin", len(ids), clients_per_round, None)
 
 
+def elastic(
+  ids: Sequence[str],
+  clients_per_round: int,
+  *,
+  counts: tuple[int, ...],
+  rounds_each: int = 1,
+) -> Sampler:
+  """Takes as many of the first clients as a phase says: replicas come and go.
+
+  Args:
+    ids: The population.
+    clients_per_round: The most that a phase may have.
+    counts: Clients of each phase; the last goes on to the end.
+    rounds_each: Rounds of a phase.
+
+  Returns:
+    A `Sampler`; nothing about it is random.
+
+  Raises:
+    ConfigError: No phase, or a count out of range.
+
+  Examples:
+    >>> s = elastic(["a", "b", "c"], 3, counts=(1, 3), rounds_each=2)
+    >>> [len(s.sample(r)) for r in range(5)]
+    [1, 1, 3, 3, 3]
+  """
+  ids = _check_ids(ids)
+  _check_cohort(clients_per_round, len(ids))
+  if not counts or not all(0 < n <= clients_per_round for n in counts):
+    raise errors.ConfigError(
+      f"counts: got {counts}, expected clients of each phase, 1 to "
+      f"{clients_per_round}"
+    )
+  if not _is_integer(rounds_each) or rounds_each < 1:
+    raise errors.ConfigError(
+      f"rounds_each: got {rounds_each!r}, expected an integer of at least 1"
+    )
+
+  def sample(round_number: int) -> list[str]:
+    phase = _check_round(round_number) // rounds_each
+    return list(ids[: counts[min(phase, len(counts) - 1)]])
+
+  return Sampler(sample, "elastic", len(ids), None, None)
+
+
+def among(
+  make: Callable[[Sequence[str]], Sampler],
+  ids: Sequence[str],
+  eligible: Callable[[int], Sequence[str]],
+) -> Sampler:
+  """Samples, in every round, from the clients that are there.
+
+  Args:
+    make: Makes a sampler of some clients.
+    ids: The population.
+    eligible: Round -> those of `ids` that may be sampled.
+
+  Returns:
+    A `Sampler`, of a name that promises no amplification: who is there is not
+    the sampler's to say. A round without eligible clients has an empty cohort.
+  """
+  whole = make(ids)
+
+  def sample(round_number: int) -> list[str]:
+    there = eligible(_check_round(round_number))
+    return make(there).sample(round_number) if there else []
+
+  return Sampler(
+    sample, f"{whole.name} among those present", len(ids), None, None
+  )
+
+
 def _is_integer(value) -> bool:
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _check_ids(ids: Sequence[str]) -> tuple[str, ...]:
+def _check_ids(ids: Sequence[str]) -> Sequence[str]:
+  if isinstance(ids, KnownIds):
+    return ids
   ids = tuple(ids)
   if len(set(ids)) < len(ids):
     raise errors.ConfigError(

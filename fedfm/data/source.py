@@ -1,14 +1,37 @@
 """Client populations: who the clients are and how to read one's examples."""
 
+import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from fedfm import errors
 
 Examples = dict[str, np.ndarray]
+
+
+class KnownIds(Sequence[str]):
+  """Names that are unique and valid, and find their own rows."""
+
+  @abc.abstractmethod
+  def name(self, row: int) -> str:
+    """Returns the name in a row, 0 to one less than their number."""
+
+  @overload
+  def __getitem__(self, row: int) -> str: ...
+
+  @overload
+  def __getitem__(self, row: slice) -> list[str]: ...
+
+  def __getitem__(self, row):
+    rows = range(len(self))[row]  # Raises IndexError; counts from the end.
+    return self.name(rows) if isinstance(rows, int) else [*map(self.name, rows)]
+
+  @abc.abstractmethod
+  def row(self, client_id: Any) -> int | None:
+    """Returns the row of a client, or None for another name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,7 +42,8 @@ class ClientSource:
   known id, and may generate, parse or cache as they like.
 
   Attributes:
-    ids: The clients' names, unique; a client's position is its row.
+    ids: The clients' names, unique; a client's position is its row. Those of
+      an `id_file` stay on disk.
     size_fn: Client id -> number of examples, cheap.
     read_fn: Client id -> {field: array [examples, ...]}.
 
@@ -31,9 +55,12 @@ class ClientSource:
   ids: Sequence[str]
   size_fn: Callable[[str], int] = dataclasses.field(repr=False)
   read_fn: Callable[[str], Examples] = dataclasses.field(repr=False)
-  _rows: Mapping[str, int] = dataclasses.field(init=False, repr=False)
+  _row: Callable[[Any], int | None] = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self):
+    if isinstance(self.ids, KnownIds):
+      object.__setattr__(self, "_row", self.ids.row)
+      return
     ids = tuple(self.ids)
     if not ids:
       raise errors.DataError("client ids: got none, expected at least 1 client")
@@ -46,7 +73,7 @@ class ClientSource:
         f"client ids: {repeated!r} is repeated, expected unique ids"
       )
     object.__setattr__(self, "ids", ids)
-    object.__setattr__(self, "_rows", rows)
+    object.__setattr__(self, "_row", rows.get)
 
   def __len__(self) -> int:
     """Returns the number of clients."""
@@ -54,15 +81,15 @@ class ClientSource:
 
   def index(self, client_id: str) -> int:
     """Returns the client's position in `ids`; DataError if unknown."""
-    try:
-      return self._rows[client_id]
-    except (KeyError, TypeError):
+    row = self._row(client_id) if isinstance(client_id, str) else None
+    if row is None:
       # Nearest names of a large population would take seconds to find.
       hint = errors.nearest(str(client_id), self.ids) if len(self) <= 50 else ""
       raise errors.DataError(
         f"client id {client_id!r} is not one of the source's {len(self)}"
         f" clients{hint}"
-      ) from None
+      )
+    return row
 
   def size(self, client_id: str) -> int:
     """Returns the client's number of examples; DataError if unknown."""
@@ -249,6 +276,42 @@ def subset(source: ClientSource, ids: Iterable[str]) -> ClientSource:
   for client_id in ids:
     source.index(client_id)
   return ClientSource(ids, source.size_fn, source.read_fn)
+
+
+def spread(source: ClientSource, num_examples: int) -> ClientSource:
+  """Keeps at most `num_examples` of each client, evenly spaced over all.
+
+  Args:
+    source: The clients.
+    num_examples: Examples that a client keeps at most.
+
+  Returns:
+    A `ClientSource` of the same clients, each from its first example to its
+    last.
+
+  Raises:
+    ConfigError: `num_examples` below 1.
+
+  Examples:
+    >>> source = from_arrays({"a": {"x": np.arange(10)}, "b": {"x": [7]}})
+    >>> few = spread(source, 4)
+    >>> few.read("a")["x"].tolist(), few.read("b")["x"].tolist()
+    ([0, 3, 6, 9], [7])
+  """
+  if num_examples < 1:
+    raise errors.ConfigError(
+      f"num_examples: got {num_examples}, expected at least 1"
+    )
+
+  def size(client_id: str) -> int:
+    return min(num_examples, source.size(client_id))
+
+  def read(client_id: str) -> Examples:
+    rows = np.linspace(0, source.size(client_id) - 1, size(client_id))
+    rows = np.round(rows).astype(np.int64)
+    return {name: x[rows] for name, x in source.read(client_id).items()}
+
+  return ClientSource(source.ids, size, read)
 
 
 def union(sources: Mapping[str, ClientSource]) -> ClientSource:

@@ -1,9 +1,8 @@
 """Clients' documents as rows of tokens to predict."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 import threading
-from typing import Any
 
 import numpy as np
 
@@ -19,22 +18,20 @@ def tokenize(
   tokenizer: tokenizers.Tokenizer,
   sequence_length: int,
   text_key: str = "text",
-  max_examples: int | None = None,
 ) -> source_lib.ClientSource:
   """Turns a source of text into one of rows of tokens.
 
   A client's documents are encoded, each after a bos, strung together and cut
   into rows that overlap by one token, so that every token but the first is
   predicted in exactly one row. The bos of later documents is not predicted:
-  the summed loss / ln 2 / number of predicted tokens is bits per token (per
-  byte, with the byte tokenizer).
+  the summed loss / ln 2 / summed `num_bytes` is bits per byte, whatever the
+  tokens are.
 
   Args:
     source: A `ClientSource` whose `text_key` holds str or bytes [documents].
     tokenizer: What encodes.
     sequence_length: Tokens a row, at least 2.
     text_key: The field of the text.
-    max_examples: Rows a client has at most, the first ones; default all.
 
   Returns:
     A `ClientSource` that tokenizes when a client is first asked for, and keeps
@@ -42,9 +39,11 @@ def tokenize(
       tokens: int32 [rows, sequence_length], pad at the end of the last row.
       loss_mask: float32 [rows, sequence_length], 1 where the token is to be
         predicted from those before it in the row; position 0 is always 0.
+      num_bytes: int32 [rows], bytes of text that the predicted tokens stand
+        for.
 
   Raises:
-    ConfigError: `sequence_length` below 2 or `max_examples` below 1.
+    ConfigError: `sequence_length` below 2.
     DataError: (when read) no such field, or one that is not text.
 
   Examples:
@@ -55,46 +54,74 @@ def tokenize(
     >>> rows.read("ann")["loss_mask"].tolist()
     [[0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]]
   """
-  for name, value, least in (
-    ("sequence_length", sequence_length, 2),
-    ("max_examples", max_examples, 1),
-  ):
-    if name == "max_examples" and value is None:
-      continue
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-      raise errors.ConfigError(f"{name}: got {value!r}, expected an integer")
-    if value < least:
-      raise errors.ConfigError(
-        f"{name}: got {value}, expected at least {least}"
-      )
+  check_length(sequence_length)
 
   def read(client_id: str) -> source_lib.Examples:
-    documents = _documents(source, client_id, text_key)
+    documents = texts(source, client_id, text_key)
     try:
-      encoded = [tokenizer.encode(d) for d in documents]
+      encoded = [tokenizer.measure(d) for d in documents]
     except errors.DataError as e:
       raise errors.DataError(f"client {client_id!r}: {e}") from None
-    rows = _rows(encoded, tokenizer, sequence_length)
-    rows = {name: x[:max_examples] for name, x in rows.items()}
+    return _rows(encoded, tokenizer, sequence_length)
+
+  return cached(source.ids, read)
+
+
+def check_length(sequence_length: int) -> None:
+  """Raises ConfigError unless rows of so many tokens predict one at least."""
+  if isinstance(sequence_length, bool) or not isinstance(
+    sequence_length, int | np.integer
+  ):
+    raise errors.ConfigError(
+      f"sequence_length: got {sequence_length!r}, expected an integer"
+    )
+  if sequence_length < 2:
+    raise errors.ConfigError(
+      f"sequence_length: got {sequence_length}, expected at least 2"
+    )
+
+
+def cached(
+  ids: Sequence[str], read_fn: Callable[[str], source_lib.Examples]
+) -> source_lib.ClientSource:
+  """Makes a source of rows that are costly to make.
+
+  Args:
+    ids: The clients.
+    read_fn: Client id -> its rows, which become read-only.
+
+  Returns:
+    A `ClientSource` that makes a client's rows when it is first asked for, and
+    keeps the last clients' (up to 256 MiB).
+  """
+
+  def read(client_id: str) -> source_lib.Examples:
+    rows = read_fn(client_id)
     for x in rows.values():
       x.flags.writeable = False
     return rows
 
-  cache = _RowCache(read, _CACHE_BYTES)
-  return source_lib.ClientSource(source.ids, cache.size, cache.read)
+  cache = RowCache(read, _CACHE_BYTES)
+  return source_lib.ClientSource(ids, cache.size, cache.read)
 
 
-def _documents(
+def texts(
   source: source_lib.ClientSource, client_id: str, text_key: str
 ) -> np.ndarray:
-  """Returns the client's text, str or bytes [documents]."""
-  arrays = source.read(client_id)
-  if text_key not in arrays:
-    raise errors.DataError(
-      f"client {client_id!r}: no field"
-      f" {text_key!r}{errors.nearest(text_key, arrays)}"
-    )
-  documents = arrays[text_key]
+  """Reads a field of text of a client.
+
+  Args:
+    source: The clients.
+    client_id: Which of them.
+    text_key: The field.
+
+  Returns:
+    Object array of str or bytes [documents].
+
+  Raises:
+    DataError: No such field, or one that is not text.
+  """
+  documents = _field(source, client_id, text_key)
   if documents.ndim != 1 or not all(
     isinstance(d, str | bytes) for d in documents
   ):
@@ -105,30 +132,45 @@ def _documents(
   return documents
 
 
+def _field(
+  source: source_lib.ClientSource, client_id: str, key: str
+) -> np.ndarray:
+  arrays = source.read(client_id)
+  if key not in arrays:
+    raise errors.DataError(
+      f"client {client_id!r}: no field {key!r}{errors.nearest(key, arrays)}"
+    )
+  return arrays[key]
+
+
 def _rows(
-  documents: list[np.ndarray],
+  documents: list[tuple[np.ndarray, np.ndarray]],
   tokenizer: tokenizers.Tokenizer,
   sequence_length: int,
 ) -> source_lib.Examples:
   """Strings documents together and cuts rows that overlap by one token."""
-  starts = np.cumsum([0] + [1 + len(d) for d in documents])
+  starts = np.cumsum([0] + [1 + len(ids) for ids, _ in documents])
   stream = np.empty(starts[-1], np.int32)
+  sizes = np.zeros(len(stream), np.int32)
   predicted = np.ones(len(stream), np.float32)
-  for start, document in zip(starts, documents):
+  for start, (ids, num_bytes) in zip(starts, documents):
     stream[start] = tokenizer.bos
     predicted[start] = 0
-    stream[start + 1 : start + 1 + len(document)] = document
+    stream[start + 1 : start + 1 + len(ids)] = ids
+    sizes[start + 1 : start + 1 + len(ids)] = num_bytes
   stride = sequence_length - 1
   num_rows = max(1, -(-(len(stream) - 1) // stride))
   padding = (0, num_rows * stride + 1 - len(stream))
   index = np.arange(num_rows)[:, None] * stride + np.arange(sequence_length)
   tokens = np.pad(stream, padding, constant_values=tokenizer.pad)[index]
   loss_mask = np.pad(predicted, padding)[index]
+  sizes = np.pad(sizes, padding)[index]
   loss_mask[:, 0] = 0
-  return {"tokens": tokens, "loss_mask": loss_mask}
+  num_bytes = np.sum(sizes[:, 1:], axis=1, dtype=np.int32)
+  return {"tokens": tokens, "loss_mask": loss_mask, "num_bytes": num_bytes}
 
 
-class _RowCache:
+class RowCache:
   """The rows of the clients read last, and the sizes of all read so far."""
 
   def __init__(
@@ -169,36 +211,62 @@ def _num_bytes(rows: source_lib.Examples) -> int:
   return sum(x.nbytes for x in rows.values())
 
 
-def check_tokens(
+def from_tokens(
   source: source_lib.ClientSource,
+  sequence_length: int,
+  token_key: str,
+  pad: int,
   vocab_size: int,
-  ids: Iterable[str] | None = None,
-  token_key: str = "tokens",
-) -> None:
-  """Checks that a model of `vocab_size` can embed the clients' tokens.
+) -> source_lib.ClientSource:
+  """Turns a source of token ids, one row an example, into rows to predict.
 
   Args:
-    source: A `ClientSource` of token ids, any shape [examples, ...].
-    vocab_size: The model's.
-    ids: Which clients to check; default all, which reads all of them.
+    source: A `ClientSource` whose `token_key` holds integers [examples, n], or
+      an array of integers [n] an example.
+    sequence_length: Tokens a row; shorter examples are padded.
     token_key: The field of the tokens.
+    pad: The token to pad with.
+    vocab_size: The model's.
+
+  Returns:
+    A `ClientSource` that keeps the last clients' rows, as `cached`, of "tokens"
+    and "loss_mask" as `tokenize`; how much text they are is not known.
 
   Raises:
-    DataError: No such field, not integers, or a token outside
-      [0, vocab_size); an embedding lookup would silently clamp it.
+    ConfigError: `sequence_length` below 2.
+    DataError: (when read) no such field, not integers, an example longer than a
+      row or without a token, or a token outside [0, vocab_size).
+
+  Examples:
+    >>> texts = source_lib.from_arrays({"ann": {"ids": [[5, 6, 7]]}})
+    >>> rows = from_tokens(texts, 4, "ids", pad=0, vocab_size=8).read("ann")
+    >>> rows["tokens"].tolist(), rows["loss_mask"].tolist()
+    ([[5, 6, 7, 0]], [[0.0, 1.0, 1.0, 0.0]])
   """
-  for client_id in source.ids if ids is None else ids:
-    arrays = source.read(client_id)
-    if token_key not in arrays:
-      raise errors.DataError(
-        f"client {client_id!r}: no field"
-        f" {token_key!r}{errors.nearest(token_key, arrays)}"
-      )
-    _check_range(arrays[token_key], vocab_size, client_id, token_key)
+  check_length(sequence_length)
+
+  def read(client_id: str) -> source_lib.Examples:
+    where = f"client {client_id!r}: field {token_key!r}"
+    examples = _field(source, client_id, token_key)
+    tokens = np.full((len(examples), sequence_length), pad, np.int32)
+    loss_mask = np.zeros(tokens.shape, np.float32)
+    for row, example in enumerate(examples):
+      example = np.asarray(example)
+      if example.ndim != 1 or not 0 < len(example) <= sequence_length:
+        raise errors.DataError(
+          f"{where}: example {row} has shape {list(example.shape)}, expected 1 "
+          f"to data.sequence_length = {sequence_length} tokens"
+        )
+      _check_range(example, vocab_size, client_id, token_key)
+      tokens[row, : len(example)] = example
+      loss_mask[row, 1 : len(example)] = 1
+    return {"tokens": tokens, "loss_mask": loss_mask}
+
+  return cached(source.ids, read)
 
 
 def _check_range(
-  tokens: np.ndarray, vocab_size: int, client_id: str, token_key: Any
+  tokens: np.ndarray, vocab_size: int, client_id: str, token_key: str
 ) -> None:
   if tokens.dtype.kind not in "iu":
     raise errors.DataError(

@@ -6,26 +6,53 @@ the same for all. Only safetensors is read: pickles run code.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import os
 import pathlib
-import re
-from typing import Any, NamedTuple
+import shutil
+from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import numpy as np
-from safetensors import numpy as safetensors_numpy
 
 from fedfm import errors, sharding, trees
-from fedfm.models import families, tensor_files
-from fedfm.models.decoder import DecoderConfig, decoder
+from fedfm.models import (
+  families,
+  parameter_source,
+  parameter_writer,
+  quantization,
+  tensor_files,
+)
+from fedfm.models.build import build
+from fedfm.models.families.family import Family
 from fedfm.models.model import Model
+from fedfm.models.parameter_source import Tensor
 
 PyTree = Any
 CONFIG = "config.json"
+# What `save(like=...)` brings along.
+_COMPANIONS = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "hashed_words.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "generation_config.json",
+)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LABELS = ("id2label", "label2id")
+# Parameters of heads, which a folder with another head lacks; the tensors of
+# other heads, which are left.
+_HEADS = tuple(
+  path + end
+  for path in ("pooler", "classifier_dense", "classifier")
+  for end in ("", "_bias")
+)
+_HEAD_TENSORS = r"(pooler|classifier|cls|lm_head)\..*"
 
 
 def load(
@@ -33,6 +60,7 @@ def load(
   mesh: Mesh | None = None,
   dtype: Any = None,
   compute_dtype: str = "float32",
+  quantize: str = "",
   **overrides: Any,
 ) -> tuple[Model, PyTree]:
   """Loads a model from a Hugging Face folder.
@@ -45,8 +73,12 @@ def load(
       with model.safetensors.index.json.
     mesh: Where to put the parameters; None is the default device.
     dtype: Dtype of the parameters; None keeps the file's.
-    compute_dtype: Dtype of the activations: `DecoderConfig.dtype`.
-    **overrides: Other fields of `DecoderConfig`, such as `scan_layers`.
+    compute_dtype: Dtype of the activations: the config's `dtype`.
+    quantize: "int8" or "nf4" makes the kernels so, each as it is read: the
+      float model is never held. See `models.quantization`.
+    **overrides: Other fields of the model's config, such as `scan_layers`.
+      Another `num_classes` than the folder's puts a new classifier, drawn from
+      key 0, on its layers.
 
   Returns:
     The model and its parameters.
@@ -56,39 +88,136 @@ def load(
     ConfigError: An unknown override, or a mesh that does not divide a size.
   """
   directory = pathlib.Path(directory)
-  known = {f.name for f in dataclasses.fields(DecoderConfig)}
+  family, config = families.read_config(directory / CONFIG)
+  return load_tensors(
+    directory,
+    family,
+    config,
+    tensor_files.open_folder(directory),
+    mesh=mesh,
+    dtype=dtype,
+    compute_dtype=compute_dtype,
+    quantize=quantize,
+    **overrides,
+  )
+
+
+def load_tensors(
+  where: str | os.PathLike,
+  family: Family,
+  config: Any,
+  tensors: Mapping[str, Tensor],
+  *,
+  mesh: Mesh | None = None,
+  dtype: Any = None,
+  compute_dtype: str = "float32",
+  quantize: str = "",
+  **overrides: Any,
+) -> tuple[Model, PyTree]:
+  """Builds a model and its parameters out of open files of any format.
+
+  Args:
+    where: What to name in messages.
+    family: The table of the tensors' names.
+    config: What the files say of the model.
+    tensors: By name.
+    mesh: As in `load`.
+    dtype: Likewise.
+    compute_dtype: Likewise.
+    quantize: Likewise.
+    **overrides: Likewise.
+
+  Returns:
+    The model and its parameters.
+
+  Raises:
+    CheckpointError: The tensors are not the model's.
+    ConfigError: As `load` does.
+  """
+  of_folder, config = config, with_overrides(config, compute_dtype, overrides)
+  shapes, new = build(config).shapes, ()
+  if _num_classes(config) != _num_classes(of_folder):
+    family, new = families.family_of(config), _HEADS
+    family = family._replace(ignored=rf"{family.ignored}|{_HEAD_TENSORS}")
+  sources = parameter_source.match(where, family, shapes, tensors, new)
+  read = [source for source in sources if source is not None]
+  if dtype is not None:
+    dtype = float_dtype("dtype", dtype)
+    read = [source._replace(dtype=dtype) for source in read]
+  if not jax.config.read("jax_enable_x64"):
+    for source in read:
+      if source.dtype == "float64":
+        raise errors.CheckpointError(
+          f"{where}: {source.tensors[0].name} would be float64, which needs"
+          " jax_enable_x64; give dtype='float32'"
+        )
+  model = build(dataclasses.replace(config, param_dtype=read[0].dtype))
+  treedef = jax.tree.structure(shapes)
+  found, leaves = iter(read), []
+  for source, shape in zip(sources, jax.tree.leaves(model.shapes)):
+    dtype_of = shape if source is None else next(found)
+    leaves.append(jax.ShapeDtypeStruct(shape.shape, dtype_of.dtype))
+  shapes = treedef.unflatten(leaves)
+  places: Any = [None] * len(sources)
+  if mesh is not None:
+    places = jax.tree.leaves(sharding.shardings(mesh, model.axes, shapes))
+  model = model._replace(shapes=shapes)
+  read, drawn = iter(read), iter(_drawn(model, sources, places))
+  arrays = (
+    next(drawn) if s is None else parameter_source.build(next(read), place)
+    for s, place in zip(sources, places)
+  )
+  if quantize:
+    return quantization.quantize(model, quantize, arrays, mesh)
+  return model, treedef.unflatten(arrays)
+
+
+def _num_classes(config: Any) -> int:
+  return getattr(config, "num_classes", 0)
+
+
+def _drawn(model: Model, sources: Sequence[Any], places: Sequence[Any]) -> list:
+  """Draws the parameters that no file has, and no other."""
+  at = [i for i, source in enumerate(sources) if source is None]
+  if not at:
+    return []
+
+  def draw(key):
+    leaves = jax.tree.leaves(model.init(key))
+    return [leaves[i] for i in at]
+
+  return jax.jit(draw, out_shardings=[places[i] for i in at])(jax.random.key(0))
+
+
+def with_overrides(
+  config: Any, compute_dtype: str, overrides: Mapping[str, Any]
+) -> Any:
+  """Changes how a model runs.
+
+  Args:
+    config: What its files say.
+    compute_dtype: Dtype of the activations.
+    overrides: Other fields but the dtypes.
+
+  Returns:
+    The config, changed.
+
+  Raises:
+    ConfigError: An unknown field, or a value out of range.
+  """
+  known = {f.name for f in dataclasses.fields(config)}
   for name in overrides:
     if name not in known - {"dtype", "param_dtype"}:
       raise errors.ConfigError(
         f"model.{name}: unknown override{errors.nearest(name, known)}"
       )
-  family, config = families.read_config(directory / CONFIG)
-  config = dataclasses.replace(
-    config, dtype=_float_dtype("compute_dtype", compute_dtype), **overrides
+  overrides = dict(overrides)
+  wanted = overrides.pop("num_classes", _num_classes(config))
+  if wanted != _num_classes(config):
+    config = families.with_classifier(config, wanted)
+  return dataclasses.replace(
+    config, dtype=float_dtype("compute_dtype", compute_dtype), **overrides
   )
-  files = tensor_files.open_folder(directory)
-  leaves = _match(directory, family, config, files)
-  if dtype is not None:
-    dtype = _float_dtype("dtype", dtype)
-    leaves = [leaf._replace(dtype=dtype) for leaf in leaves]
-  if not jax.config.read("jax_enable_x64"):
-    for leaf in leaves:
-      if leaf.dtype == "float64":
-        raise errors.CheckpointError(
-          f"{directory}: {leaf.sources[0].name} would be float64, which needs"
-          " jax_enable_x64; give dtype='float32'"
-        )
-  model = decoder(dataclasses.replace(config, param_dtype=leaves[0].dtype))
-  treedef = jax.tree.structure(model.shapes)
-  shapes = treedef.unflatten(
-    [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-  )
-  if mesh is None:
-    arrays = [jnp.asarray(leaf.read()) for leaf in leaves]
-  else:
-    places = sharding.shardings(mesh, model.axes, shapes)
-    arrays = [_build(*pair) for pair in zip(leaves, jax.tree.leaves(places))]
-  return model._replace(shapes=shapes), treedef.unflatten(arrays)
 
 
 def save(
@@ -96,26 +225,31 @@ def save(
   model: Model,
   params: PyTree,
   max_shard_bytes: int = 4 << 30,
+  like: str | os.PathLike | None = None,
 ) -> None:
   """Writes a folder that Hugging Face (and `load`) reads.
 
-  In a run of several processes all call it and the first one writes.
+  In a run of several processes all call it and the first one writes. Tensors
+  are brought to the host and written one by one.
 
   Args:
     directory: Folder to write; made if needed.
-    model: The model, with a `DecoderConfig`.
+    model: The model, with a config of ours.
     params: Its parameters (adapters merged), in any float dtype.
-    max_shard_bytes: Larger models are split over several files; host memory
-      holds one of them.
+    max_shard_bytes: Larger models are split over several files.
+    like: A folder whose tokenizer and generation settings go along, such as
+      the one that the model was loaded from.
 
   Raises:
     CheckpointError: The parameters are not the model's, or the folder holds
       weights that would be mixed with these.
+    ConfigError: Options that no architecture of Hugging Face's has together.
   """
-  if not isinstance(model.config, DecoderConfig):
+  directory = pathlib.Path(directory)
+  if not hasattr(model.config, "architecture"):
     raise errors.CheckpointError(
-      f"{directory}: only decoders can be saved, got a model with config "
-      f"{type(model.config).__name__}"
+      f"{directory}: only models of {__package__} can be saved, got one with "
+      f"config {type(model.config).__name__}"
     )
   names, leaves = trees.paths(params), jax.tree.leaves(params)
   got = {n: getattr(x, "shape", None) for n, x in zip(names, leaves)}
@@ -127,188 +261,67 @@ def save(
         f"{directory}: parameter {name} has shape {got.get(name)}, expected "
         f"{want.get(name)}"
       )
-  family = families.FAMILIES["LlamaForCausalLM"]
   arrays = dict(zip(names, leaves))
-  shards: list[list[tuple[str, jax.Array, int | None, bool]]] = [[]]
-  free = max_shard_bytes
-  for row in family.tensors:
-    if row.path not in arrays:
-      continue
-    x = arrays[row.path]
-    stacked = "{i}" in row.name
-    size = x.nbytes // (x.shape[0] if stacked else 1)
-    for i in range(x.shape[0]) if stacked else (None,):
-      if size > free and shards[-1]:
-        shards.append([])
-        free = max_shard_bytes
-      shards[-1].append((row.name.format(i=i), x, i, row.transpose))
-      free -= size
-  count = len(shards)
-  files = [
-    tensor_files.SINGLE
-    if count == 1
-    else f"model-{i + 1:05}-of-{count:05}.safetensors"
-    for i in range(count)
-  ]
-  dtype = jnp.dtype(arrays["embed"].dtype).name
-  config = families.write_config(family, model.config, dtype)
-  _write(pathlib.Path(directory), files, shards, config)
+  config = config_file(model, params, like)
+  parameter_writer.write(
+    directory,
+    families.family_of(model.config),
+    arrays,
+    {CONFIG: config},
+    max_shard_bytes,
+  )
+  if jax.process_index() == 0:
+    copy_companions(like, directory)
 
 
-def _write(directory, files, shards, config) -> None:
-  """Writes shards one by one, then the index, then config.json."""
-  writes = jax.process_index() == 0
-  index: dict[str, Any] = {} if len(files) == 1 else {tensor_files.INDEX: None}
-  if writes:
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in sorted(directory.glob("model*.safetensors*")):
-      if path.name not in {*files, *index}:
-        raise errors.CheckpointError(
-          f"{path}: belongs to other weights; save into an empty folder"
-        )
-  weight_map, total = {}, 0
-  for file, shard in zip(files, shards):
-    tensors = {}
-    for name, x, layer, transpose in shard:
-      value = _to_host(x if layer is None else x[layer])
-      # safetensors writes a transposed view in the wrong order: copy it.
-      tensors[name] = np.ascontiguousarray(value.T if transpose else value)
-      weight_map[name], total = file, total + value.nbytes
-    if writes:
-      part = directory / f"{file}.part"
-      safetensors_numpy.save_file(tensors, part, metadata={"format": "pt"})
-      os.replace(part, directory / file)
-  if index:
-    index[tensor_files.INDEX] = {
-      "metadata": {"total_size": total},
-      "weight_map": weight_map,
-    }
-  for file, value in {**index, CONFIG: config}.items():
-    if writes:
-      part = directory / f"{file}.part"
-      part.write_text(json.dumps(value, indent=2) + "\n")
-      os.replace(part, directory / file)
+def config_file(
+  model: Model, params: PyTree, like: str | os.PathLike | None = None
+) -> dict[str, Any]:
+  """Returns what `save` writes to config.json.
 
+  Args:
+    model: The model, with a config of ours.
+    params: Its parameters.
+    like: As in `save`.
 
-def _to_host(x: jax.Array) -> np.ndarray:
-  """Brings one array to the host, from all processes if it is spread."""
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)
-
-
-class _Leaf(NamedTuple):
-  """One of our parameters and the tensors it is read from.
-
-  Attributes:
-    sources: One per layer, or just one.
-    shape: Our shape, stacked over layers where `stacked`.
-    dtype: Dtype to build it in.
-    stacked: Whether it has a leading axis of layers.
-    transpose: Whether the sources are transposed.
+  Raises:
+    ConfigError: As `save` does.
   """
-
-  sources: Sequence[tensor_files.TensorEntry]
-  shape: tuple[int, ...]
-  dtype: str
-  stacked: bool
-  transpose: bool
-
-  def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """Reads our slice `index` from the files, refusing NaN and infinity."""
-    if index is None:
-      index = tuple(slice(0, n) for n in self.shape)
-    own = index[1:] if self.stacked else index
-    sources = self.sources[index[0]] if self.stacked else self.sources
-    parts = []
-    for source in sources:
-      part = source.read(own[::-1] if self.transpose else own)
-      with np.errstate(over="ignore"):  # Overflow is refused just below.
-        part = (part.T if self.transpose else part).astype(self.dtype)
-      if not np.isfinite(part).all():
-        raise errors.CheckpointError(
-          f"{source.path}: tensor {source.name} holds NaN or infinity as "
-          f"{self.dtype}"
-        )
-      parts.append(part)
-    return np.stack(parts) if self.stacked else parts[0]
+  table = params.get("embed", jax.tree.leaves(params)[0])
+  config = families.write_config(model.config, jnp.dtype(table.dtype).name)
+  # Absent, each would have a default.
+  config = dict.fromkeys(_TOKEN_IDS) | config
+  if like is not None:
+    original = tensor_files.read_json(pathlib.Path(like) / CONFIG)
+    kept = [name for name in _TOKEN_IDS if name in original]
+    labels = original.get("id2label") or ()
+    if len(labels) == _num_classes(model.config) > 0:
+      kept += [name for name in _LABELS if name in original]
+    config |= {name: original[name] for name in kept}
+  return config
 
 
-def _build(leaf: _Leaf, place: jax.sharding.Sharding) -> jax.Array:
-  """Builds a sharded array; what several devices share is read once."""
-  done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-  def read(index):
-    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
-    if bounds not in done:
-      done[bounds] = leaf.read(tuple(slice(*pair) for pair in bounds))
-    return done[bounds]
-
-  return jax.make_array_from_callback(leaf.shape, place, read)
+def copy_companions(
+  like: str | os.PathLike | None, directory: pathlib.Path
+) -> None:
+  """Copies a folder's tokenizer and generation settings, where it has them."""
+  if like is None or pathlib.Path(like).resolve() == directory.resolve():
+    return
+  for path in (pathlib.Path(like) / name for name in _COMPANIONS):
+    if path.is_file():
+      shutil.copyfile(path, directory / path.name)
 
 
-def _match(
-  directory: pathlib.Path,
-  family: families.Family,
-  config: DecoderConfig,
-  entries: Mapping[str, tensor_files.TensorEntry],
-) -> list[_Leaf]:
-  """Pairs our parameters, in leaf order, with the tensors of the files."""
-  rows = {row.path: row for row in family.tensors}
-  shapes = decoder(config).shapes
-  used: set[str] = set()
+def float_dtype(name: str, dtype: Any) -> str:
+  """Returns the name of a float dtype that files and models can hold.
 
-  def leaf(path: str, shape: tuple[int, ...]) -> _Leaf:
-    row = rows[path]
-    stacked = "{i}" in row.name
-    layers = range(shape[0]) if stacked else (None,)
-    expected = shape[1:] if stacked else shape
-    expected = expected[::-1] if row.transpose else expected
-    sources = []
-    for name in (row.name.format(i=i) for i in layers):
-      if name not in entries:
-        raise errors.CheckpointError(f"{directory}: tensor {name} is missing")
-      source = entries[name]
-      if source.shape != expected:
-        hint = " (transposed?)" if source.shape == expected[::-1] else ""
-        raise errors.CheckpointError(
-          f"{source.path}: tensor {name} has shape {list(source.shape)}, "
-          f"expected {list(expected)}{hint}"
-        )
-      sources.append(source)
-      used.add(name)
-    dtype = sources[0].dtype
-    for source in sources:
-      dtype = jnp.promote_types(dtype, source.dtype).name
-    return _Leaf(sources, shape, dtype, stacked, row.transpose)
+  Args:
+    name: What to name in messages.
+    dtype: A dtype, or its name.
 
-  leaves = [
-    leaf(path, x.shape)
-    for path, x in zip(trees.paths(shapes), jax.tree.leaves(shapes))
-  ]
-  extra = [
-    name
-    for name in sorted(entries.keys() - used)
-    if not re.fullmatch(family.ignored, name)
-  ]
-  if config.tie_embeddings and rows["lm_head"].name in extra:
-    # Some files of tied models spell the head out; it must be the table.
-    head, table = entries[rows["lm_head"].name], entries[rows["embed"].name]
-    whole = (slice(None), slice(None))
-    if head.shape == table.shape and np.array_equal(
-      head.read(whole), table.read(whole)
-    ):
-      extra.remove(head.name)
-  if extra:
-    raise errors.CheckpointError(
-      f"{entries[extra[0]].path}: tensor {extra[0]} {entries[extra[0]].shape} "
-      f"is not part of the model ({len(extra)} such)"
-    )
-  return leaves
-
-
-def _float_dtype(name: str, dtype: Any) -> str:
-  """Returns the name of a float dtype that files and models can hold."""
+  Raises:
+    ConfigError: It is another.
+  """
   allowed = ("float64", "float32", "float16", "bfloat16")
   try:
     value = jnp.dtype(dtype).name

@@ -4,13 +4,15 @@ A `ParamSpec` names a parameter's shape, logical axes and initializer; init,
 shardings, abstract values and counts all derive from it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from fedfm import trees
 
 PyTree = Any
 
@@ -27,6 +29,10 @@ class Model(NamedTuple):
     unembed: `unembed(params, hidden) -> logits`, for losses that compute logits
       in chunks; None where a model has no such split.
     init_cache: `init_cache(batch, length) -> cache` for generation, or None.
+    kernels: Paths of the parameters that `layers.dense` applies, and so may be
+      kernel objects -> how many of their last dimensions are a product's inputs
+      and outputs, (1, 1) for a matrix. None where a model does not say: then
+      adapters take its word that what they are put on is applied so.
   """
 
   init: Callable[..., PyTree]
@@ -36,6 +42,7 @@ class Model(NamedTuple):
   config: Any = None
   unembed: Callable[..., jax.Array] | None = None
   init_cache: Callable[..., PyTree] | None = None
+  kernels: Mapping[str, tuple[int, int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,43 @@ def init_params(specs: PyTree, key: jax.Array, dtype: Any) -> PyTree:
     return (spec.stddev * noise).astype(dtype)
 
   return treedef.unflatten([draw(i, s) for i, s in enumerate(leaves)])
+
+
+def from_specs(
+  specs: PyTree,
+  apply: Callable[..., Any],
+  config: Any,
+  kernels: Collection[str],
+  **others: Any,
+) -> Model:
+  """Puts a model together from its declared parameters.
+
+  Args:
+    specs: Tree of `ParamSpec`.
+    apply: As in `Model`.
+    config: As in `Model`; its `param_dtype` is the dtype of all parameters.
+    kernels: Last components of the paths of the matrices that `layers.dense`
+      applies.
+    **others: `unembed` and `init_cache` of `Model`.
+
+  Returns:
+    A `Model`.
+  """
+  dtype = jnp.dtype(config.param_dtype)
+  shapes = shapes_of(specs, dtype)
+  return Model(
+    init=lambda key: init_params(specs, key, dtype),
+    apply=apply,
+    axes=axes_of(specs),
+    shapes=shapes,
+    config=config,
+    kernels={
+      path: (1, 1)
+      for path in trees.paths(shapes)
+      if path.rsplit("/", 1)[-1] in kernels
+    },
+    **others,
+  )
 
 
 def axes_of(specs: PyTree) -> PyTree:

@@ -1,10 +1,13 @@
-"""Opens a folder of safetensors files, checked before any weight is read."""
+"""Safetensors files: checked before any weight is read, written one by one."""
 
+from collections.abc import Iterable, Mapping
 import json
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -18,7 +21,8 @@ _DTYPES = {
   "F16": "float16",
   "BF16": "bfloat16",
 }
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# NumPy files may hold pickled objects.
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz")
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03")
 
 
@@ -79,11 +83,11 @@ def open_folder(directory: pathlib.Path) -> dict[str, TensorEntry]:
       f"{directory}: holds both {SINGLE} and {INDEX}; keep one"
     )
   if single.exists():
-    return _open_file(single)
+    return open_file(single)
   if not index.exists():
     pickles = [p.name for p in directory.iterdir() if p.suffix in _PICKLES]
     if pickles:
-      raise _refuse_pickle(directory / min(pickles))
+      raise refuse_pickle(directory / min(pickles))
     raise errors.CheckpointError(
       f"{directory}: found neither {SINGLE} nor {INDEX}"
     )
@@ -98,7 +102,7 @@ def open_folder(directory: pathlib.Path) -> dict[str, TensorEntry]:
       raise errors.CheckpointError(
         f"{index}: weight_map names {file!r}, expected a file of its folder"
       )
-    for name, entry in _open_file(directory / file).items():
+    for name, entry in open_file(directory / file).items():
       if name in entries:
         raise errors.CheckpointError(
           f"{entry.path}: tensor {name} is in {entries[name].path.name} too"
@@ -112,19 +116,66 @@ def open_folder(directory: pathlib.Path) -> dict[str, TensorEntry]:
   return entries
 
 
-def _open_file(path: pathlib.Path) -> dict[str, TensorEntry]:
-  """Opens one file: its header by hand, its offsets by safetensors."""
+def write_file(
+  path: pathlib.Path,
+  layout: Mapping[str, tuple[str, tuple[int, ...]]],
+  values: Iterable[np.ndarray],
+) -> None:
+  """Writes one safetensors file, a tensor at a time.
+
+  Args:
+    path: The file.
+    layout: Name -> (dtype, shape), all known before the first value is made.
+    values: The tensors, in that order.
+  """
+  codes = {dtype: code for code, dtype in _DTYPES.items()}
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, (dtype, shape) in layout.items():
+    begin = end
+    end += math.prod(shape) * jnp.dtype(dtype).itemsize
+    header[name] = {
+      "dtype": codes[dtype],
+      "shape": list(shape),
+      "data_offsets": [begin, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # The data is aligned.
+  with path.open("wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for (name, (dtype, shape)), value in zip(
+      layout.items(), values, strict=True
+    ):
+      assert (value.dtype.name, value.shape) == (dtype, shape), name
+      # In the layout's order: a transposed view is copied.
+      flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+      file.write(flat.data)
+
+
+def open_file(path: pathlib.Path) -> dict[str, TensorEntry]:
+  """Opens one file: its header by hand, its offsets by safetensors.
+
+  Args:
+    path: The file.
+
+  Returns:
+    Name -> tensor.
+
+  Raises:
+    CheckpointError: A pickle, or a file that is damaged or has other dtypes.
+  """
   if path.suffix in _PICKLES:
-    raise _refuse_pickle(path)
+    raise refuse_pickle(path)
   if not path.is_file():
     raise errors.CheckpointError(f"{path}: no such file")
   with path.open("rb") as f:
     start = f.read(8)
-    if start.startswith(_PICKLE_STARTS):
-      raise _refuse_pickle(path)
     length = int.from_bytes(start, "little")
     size = path.stat().st_size
     if len(start) < 8 or length > size - 8:
+      # A header of 640 bytes begins like a pickle too, but is in the file.
+      if start.startswith(_PICKLE_STARTS):
+        raise refuse_pickle(path)
       raise errors.CheckpointError(
         f"{path}: truncated or no safetensors file ({size} bytes)"
       )
@@ -139,6 +190,8 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorEntry]:
   for name, entry in header.items():
     if name == "__metadata__":
       continue
+    if name.endswith("position_ids") and entry["dtype"] == "I64":
+      continue  # Old files of encoders spell 0, 1, 2, ... out.
     if entry["dtype"] not in _DTYPES:
       raise errors.CheckpointError(
         f"{path}: tensor {name} is {entry['dtype']}, expected one of "
@@ -150,7 +203,8 @@ def _open_file(path: pathlib.Path) -> dict[str, TensorEntry]:
   return entries
 
 
-def _refuse_pickle(path: pathlib.Path) -> errors.CheckpointError:
+def refuse_pickle(path: pathlib.Path) -> errors.CheckpointError:
+  """Builds the error to raise for pickled weights."""
   return errors.CheckpointError(
     f"{path}: pickled weights can run code and are not read; convert them to "
     "safetensors"

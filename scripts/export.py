@@ -1,0 +1,61 @@
+r"""Writes what a run has trained in the formats that others read.
+
+  python scripts/export.py --workdir=/tmp/run --output=/tmp/merged
+  python scripts/export.py --workdir=/tmp/run --output=/tmp/lora --format=peft
+
+"merged" (the default) is a Hugging Face folder of the whole model, with the
+tokenizer of the model it started from; "peft" is the adapter alone, as the PEFT
+library has it. The run's newest checkpoint is read, and nothing in its folder
+is changed; `--config.FIELD=VALUE` changes a field of its config, such as the
+mesh.
+"""
+
+import pathlib
+
+from absl import flags
+
+import command_line
+from fedfm import adapters, blueprint, errors, experiment
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+_FORMAT = flags.DEFINE_string("format", "merged", "merged or peft.")
+
+
+def main():
+  if _FORMAT.value not in ("merged", "peft"):
+    raise errors.ConfigError(
+      f"--format: got {_FORMAT.value!r}, expected 'merged' or 'peft'"
+    )
+  output = pathlib.Path(_OUTPUT.value)
+  if output.is_file():
+    raise errors.ConfigError(f"--output: {output} is a file")
+  if output.exists() and any(output.iterdir()):
+    raise errors.ConfigError(f"--output: {output} is not empty")
+  opened, state = experiment.open_run(_WORKDIR.value, command_line.overrides())
+  base = opened.algorithm.effective_base(state, opened.base)
+  trainable = opened.algorithm.effective_trainable(state)
+  settings = opened.settings
+  if _FORMAT.value == "merged":
+    like = settings.model.path or blueprint.BUILTIN_MODEL
+    adapters.export(
+      output, opened.model, base, opened.adapter, trainable, like=like
+    )
+  else:
+    if base is not opened.base:
+      raise errors.ConfigError(
+        f"--format: algorithm {settings.algorithm!r} changes the base too, "
+        "which 'peft' has no place for; use 'merged'"
+      )
+    adapters.peft.save(
+      output,
+      opened.model,
+      opened.adapter,
+      trainable,
+      base_model=settings.model.path or None,
+    )
+  print(f"round {int(state.round)}: wrote {output}")
+
+
+if __name__ == "__main__":
+  command_line.run(main)

@@ -1,0 +1,122 @@
+"""Benchmarks with tiny sizes: their figures are consistent, counted by hand."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import optax
+import pytest
+
+from fedfm import errors, models, sharding
+from fedfm.scaling import measure, workloads
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = models.DecoderConfig(
+  vocab_size=16, width=8, num_layers=2, num_heads=2, mlp_width=12
+)
+
+
+def tiny(**changes):
+  options = {
+    "config": CONFIG,
+    "batch_size": 2,
+    "length": 6,
+    "local_steps": 3,
+    "num_clients": 4,
+    "client_optimizer": optax.sgd(0.1),
+    "rank": 1,
+  }
+  return workloads.decoder_workload("tiny", **options | changes)
+
+
+def test_flops_are_those_of_the_products():
+  # q, k, v, o of 8 x 8 and three of 8 x 12 in each layer; the head of 8 x 16.
+  matmuls = 2 * (4 * 64 + 3 * 96) + 128
+  attention = 2 * (2 * 8 * 3 + 2 * 8 * 3)  # Layers, scores and values, 3 of 6.
+  low_rank = 2 * 2 * (8 + 8)  # Layers, q and v, A and B.
+  assert workloads.matmul_params(CONFIG) == matmuls
+  assert tiny().flops_per_unit == 4 * matmuls + 6 * low_rank + 3 * attention
+  assert tiny(rank=None).flops_per_unit == 6 * matmuls + 3 * attention
+
+
+@pytest.mark.slow
+def test_a_row_agrees_with_itself():
+  mesh = sharding.make_mesh({"clients": 2}, jax.devices()[:2])
+  row = measure.measure(tiny(), mesh, lanes=2, repeats=2)
+  tokens = 4 * 3 * 2 * 6  # Clients, steps, batch, length.
+  assert row["units_per_round"] == tokens
+  assert row["units_per_second"] == pytest.approx(
+    tokens * row["rounds_per_second"]
+  )
+  assert row["client_steps_per_second"] == pytest.approx(
+    12 * row["rounds_per_second"]
+  )
+  assert row["flops_per_second"] == pytest.approx(
+    row["units_per_second"] * tiny().flops_per_unit
+  )
+  assert row["packing_efficiency"] == 1
+  assert 0 <= row["idle_gap"] < 1
+  assert row["program_bytes"] > row["temp_bytes"] > 0
+  assert min(row["ratio_to_plain"], row["compile_seconds"]) > 0
+
+
+def test_an_unknown_workload_is_named():
+  with pytest.raises(errors.ConfigError, match="--workloads: .*'lora_llama'"):
+    workloads.workload("lora_lama")
+
+
+def benchmark(folder, *arguments):
+  return subprocess.run(
+    [
+      sys.executable,
+      ROOT / "scripts" / "benchmark.py",
+      f"--output={folder}",
+      "--repeats=1",
+      "--clients=2",
+      "--batch=1",
+      "--steps=1",
+      "--host_devices=2",
+      *arguments,
+    ],
+    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_bad_flags_end_with_a_line(tmp_path):
+  process = benchmark(tmp_path / "out", "--workloads=emnist", "--lanes=2")
+  assert process.returncode == 2
+  assert process.stderr.startswith("error: --workloads: got 'emnist'")
+  assert process.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_cpu_suite_writes_its_figures(tmp_path):
+  process = benchmark(tmp_path / "out", "--suite=cpu", "--length=8")
+  assert process.returncode == 0, process.stderr
+  rows = json.loads((tmp_path / "out" / "results.json").read_text())
+  with (tmp_path / "out" / "results.csv").open() as f:
+    assert len(list(csv.DictReader(f))) == len(rows) == 5
+  units = [row.get("units_per_round") for row in rows]
+  assert units == [2 * 8, 2 * 8, 2 * 8, 2, None]
+  heavy = rows[-1]
+  assert 1 <= heavy["steps_over_bound_mean"] <= heavy["steps_over_bound_max"]
+  assert heavy["steps_over_bound_max"] <= 1.1 and heavy["programs"] <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", ["clients", "mesh", "weak"])
+def test_sweeps_draw_a_plot(tmp_path, sweep):
+  process = benchmark(
+    tmp_path / "out", "--workloads=emnist_cnn", f"--sweep={sweep}"
+  )
+  assert process.returncode == 0, process.stderr
+  rows = json.loads((tmp_path / "out" / "results.json").read_text())
+  assert len(rows) >= 2 and all(row["units_per_second"] > 0 for row in rows)
+  assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
