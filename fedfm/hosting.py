@@ -109,7 +109,7 @@ def verify(folder: pathlib.Path, version: int) -> tuple[str, list[str]]:
         chunk = np.arange(first, min(first + rows, store.num_clients))
         damaged += store.damage(chunk, version)
         for leaf in jax.tree.leaves(store.read(chunk, version)):
-          digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+          digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
   except errors.CheckpointError as e:
     raise checkpoint.DamagedError(str(e)) from e
   return digest.hexdigest(), damaged

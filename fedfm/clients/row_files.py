@@ -257,7 +257,7 @@ class RowFiles:
 
   def put(self, row: int, record: np.ndarray) -> None:
     """Writes a record into `rows`."""
-    if os.pwrite(self._file, record, row * self._size) != self._size:
+    if os.pwrite(self._file, record.data, row * self._size) != self._size:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def mend(self, other: "RowFiles", rows: np.ndarray | None = None) -> None:
@@ -350,7 +350,7 @@ class RowFiles:
 
   def _get(self, file: int, record: np.ndarray, at: int, row: int) -> int:
     """Reads one record; DAMAGED, EMPTY or WRITTEN."""
-    if os.preadv(file, [record], at) != self._size:
+    if os.preadv(file, [record.data], at) != self._size:
       return DAMAGED
     digest = record[:DIGEST]
     if not digest.any():

@@ -166,7 +166,7 @@ def _rows(
   loss_mask = np.pad(predicted, padding)[index]
   sizes = np.pad(sizes, padding)[index]
   loss_mask[:, 0] = 0
-  num_bytes = np.sum(sizes[:, 1:], axis=1, dtype=np.int32)
+  num_bytes = sizes[:, 1:].sum(axis=1, dtype=np.int32)
   return {"tokens": tokens, "loss_mask": loss_mask, "num_bytes": num_bytes}
 
 
