@@ -48,8 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
         for method in METHODS
       },
       "seeds": (0, 1, 2),
-      "tuning_seeds": (0,),
-      "rates": (1.0, 3.0, 10.0),
+      "tuning_seeds": (3,),
+      "rates": (1.0, 3.0, 10.0, 30.0),
       "metric": "eval/unseen/loss",
     }
   )

@@ -1,6 +1,6 @@
 """Runs an arm of a comparison: its seeds and rates share a compiled round."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedfm import assembly, personalization
+from fedfm import assembly, errors, personalization
 from fedfm.assembly import Experiment
 from fedfm.settings import Settings
 from fedfm.types import Cohort, ServerState
@@ -16,14 +16,26 @@ from fedfm.types import Cohort, ServerState
 Case = tuple[int, float]  # Seed, multiple of the client learning rate.
 
 
+def expect_metric(name: str, line: Mapping[str, Any]) -> None:
+  """Raises ConfigError unless a line of metrics has one of that name."""
+  if name not in line:
+    hint = errors.nearest(name, line)
+    raise errors.ConfigError(f"metric: got {name!r}{hint}")
+
+
 def make_runner(
-  settings: Settings, seeds: Sequence[int], parallel: bool | None = None
+  settings: Settings,
+  seeds: Sequence[int],
+  metric: str,
+  parallel: bool | None = None,
 ) -> Callable[[Sequence[Case]], list[dict[str, Any]]]:
   """Builds one arm for several seeds.
 
   Args:
     settings: The arm's settings; `seed` is replaced.
     seeds: All seeds that will be run.
+    metric: What will be asked of the runs; one that does not exist ends them
+      after the first evaluation, or the first round.
     parallel: Whether cases run as one program; default on accelerators only.
 
   Returns:
@@ -31,7 +43,7 @@ def make_runner(
     cases; compiled once.
 
   Raises:
-    ConfigError: What `assembly.build` refuses.
+    ConfigError: What `assembly.build` refuses; by `run`, an unknown metric.
   """
   built = _build_seeds(settings, seeds)
   first = built[seeds[0]]
@@ -56,6 +68,8 @@ def make_runner(
     for one in runs:
       one["lines"].append({"round": 0})
     evaluate()
+    if metric.startswith("eval/"):
+      expect_metric(metric, runs[0]["lines"][0])
     for r in range(settings.rounds):
       cohorts = [_cohort(built[seed], r, rate) for seed, rate in cases]
       # Before the round: some algorithms send other things in every round.
@@ -73,6 +87,8 @@ def make_runner(
         if own.accounting is not None:
           spent = own.accounting.epsilon(r + 1)
           one["lines"][-1]["privacy/epsilon"] = spent
+      if not metric.startswith("eval/"):
+        expect_metric(metric, runs[0]["lines"][-1])
       if r + 1 == settings.rounds or (r + 1) % settings.eval.every == 0:
         evaluate()
     return runs

@@ -186,6 +186,7 @@ def run_arm(
     every_run[multiple] = _kept_runs(
       dataclasses.replace(settings, server=server),
       [*tuning, *seeds],
+      comparison.metric,
       folder,
       parallel,
     )
@@ -210,6 +211,7 @@ def run_arm(
 def _kept_runs(
   settings: Settings,
   seeds: Sequence[int],
+  metric: str,
   folder: pathlib.Path,
   parallel: bool | None,
 ) -> Callable[[Sequence[arm_runs.Case]], list[dict[str, Any]]]:
@@ -222,7 +224,7 @@ def _kept_runs(
 
   @functools.cache
   def runner():
-    return arm_runs.make_runner(settings, seeds, parallel)
+    return arm_runs.make_runner(settings, seeds, metric, parallel)
 
   def runs_of(cases):
     if missing := [case for case in cases if case not in done]:
@@ -243,9 +245,7 @@ def best_rates(
     if one["seed"] not in tuning:
       continue
     line = one["lines"][-1]
-    if comparison.metric not in line:
-      hint = errors.nearest(comparison.metric, line)
-      raise errors.ConfigError(f"metric: got {comparison.metric!r}{hint}")
+    arm_runs.expect_metric(comparison.metric, line)
     by_rate.setdefault(_rates(one), []).append(line[comparison.metric])
   sign = -1 if comparison.higher_is_better else 1
   # A run that diverged is the worst there is.

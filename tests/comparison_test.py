@@ -71,7 +71,7 @@ def test_tuning_seeds_choose_the_rate_that_all_seeds_run_with(
 ):
   made = []
 
-  def make_runner(settings, seeds, parallel):
+  def make_runner(settings, seeds, metric, parallel):
     def run(cases):
       made.extend(cases)
       # A rate of 2 is the best for seed 3, and the worst for seed 5.
@@ -125,10 +125,21 @@ def test_an_arm_may_have_a_metric_of_its_own():
   assert curves["a"][1] == [2.0] and curves["b"][1] == [3.0]
 
 
+def test_an_unknown_metric_ends_a_comparison_before_its_rounds(
+  compared, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(arm_runs, "_one_by_one", lambda first: None)
+  wrong = compared._replace(metric="eval/unseen/los")
+  message = "arms.fedavg.metric: got 'eval/unseen/los'.*'eval/unseen/loss'"
+  with tiny.one_device(), pytest.raises(errors.ConfigError, match=message):
+    comparison.run(wrong, tmp_path, parallel=False)
+
+
 @pytest.mark.slow
 def test_one_program_of_all_cases_gives_the_same(compared, results):
   with tiny.one_device():
-    run = arm_runs.make_runner(compared.arms["fedadam"], (3, 4), parallel=True)
+    settings = compared.arms["fedadam"]
+    run = arm_runs.make_runner(settings, (3, 4), METRIC, parallel=True)
     runs = run([(3, 1.0), (4, 0.5)])
   expected = [
     one
@@ -172,7 +183,7 @@ def test_a_diverged_rate_is_never_the_best(compared):
 def test_server_rates_are_tuned_with_the_clients(
   compared, tmp_path, monkeypatch
 ):
-  def make_runner(settings, seeds, parallel):
+  def make_runner(settings, seeds, metric, parallel):
     server = settings.server.learning_rate
 
     def run(cases):  # Best at a client rate of 2 and a server rate of 0.03.

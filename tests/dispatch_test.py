@@ -112,8 +112,12 @@ def test_bytes_of_rounds_follow_from_scalars_of_the_state(built):
     {"algorithm": "scaffold", "mesh": {"clients": 4, "fsdp": 2}},
     {"data": {"schedule": "phases", "resident": True, "schedule_options": {
       "num_phases": 2, "rounds_each": 1}}},
+    # Noise and epsilon are those of each round.
+    {"sampler": "poisson", "clients_per_round": 2, "privacy": {
+      "kind": "gaussian", "clip_norm": 0.1, "noise_multiplier": 1.3,
+      "delta": 1e-3}},
   ],
-  ids=["poisson", "rolora", "scaffold on a mesh", "resident phases"],
+  ids=["poisson", "rolora", "scaffold on a mesh", "resident phases", "private"],
 )  # fmt: skip
 def test_runs_of_two_rounds_a_dispatch(folder, tmp_path, changes):
   lines = {}
