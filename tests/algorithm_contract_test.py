@@ -101,6 +101,21 @@ def test_rounds_are_finite_and_keep_shapes_and_dtypes(name):
   assert up > 0 and down > 0
 
 
+@by_name
+def test_a_client_alone_agrees_with_itself(name):
+  """Its cosine with the mean is 1, whatever the server does or remembers."""
+  _, round_fn, states, _ = compiled(name)
+  problem = cases.problem_of(name)
+  alone = pack(name, change=lambda ids: ids[:1])
+  with jax.enable_x64(True):
+    # Later rounds of FedDPA-F send nothing.
+    state = states[0 if name == "feddpa_f" else -1]
+    _, metrics = round_fn(state, problem.base, alone)
+  np.testing.assert_allclose(metrics["drift/cosine"], 1, rtol=1e-6)
+  np.testing.assert_allclose(metrics["drift/diversity"], 1, rtol=1e-6)
+  assert metrics["drift/delta_norm"] == metrics["drift/delta_norm_max"] > 0
+
+
 @by_names(algorithm_numpy.ROUNDS_OF)
 def test_two_rounds_equal_the_paper_in_numpy(name):
   _, _, states, _ = compiled(name)

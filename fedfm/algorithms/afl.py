@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from fedfm import trees
-from fedfm.algorithms import algorithm, checks
+from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.algorithms.qfedavg import with_sent_loss
 from fedfm.clients import engine, local
 from fedfm.clients.transforms import MessageTransform
@@ -105,6 +105,9 @@ def afl(
     mixture = state.extra.at[rows].add(rise.astype(state.extra.dtype))
     return trees.scale(mean["delta"], 1 / share), project_to_simplex(mixture)
 
+  def metrics(state, new_state, mean, result, cohort):
+    return round_metrics.drift(result, trees.norm(mean["delta"]))
+
   def bytes_per_client(state):  # Of the mixture, its own share.
     model = trees.num_bytes(state.trainable)
     number = state.extra.dtype.itemsize
@@ -121,6 +124,8 @@ def afl(
         "mixture": state.extra,
       },
       combine=combine,
+      direction=lambda message: message["delta"],
+      metrics=metrics,
     ),
     server_optimizer=server_optimizer,
     aggregator=aggregator,

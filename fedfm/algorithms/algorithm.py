@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import aggregators, sums, trees
+from fedfm import aggregators, trees
 from fedfm.algorithms import checks
 from fedfm.algorithms import downlink as downlink_lib
+from fedfm.algorithms import round_metrics as metrics_lib
 from fedfm.clients import engine, naming, store
 from fedfm.clients import transforms as transforms_lib
 from fedfm.clients.transforms import MessageTransform
@@ -51,7 +52,10 @@ class Server(NamedTuple):
       as their base: one for all lanes, where a carry is copied to each; default
       `effective_base`.
     metrics: `metrics(state, new_state, aggregate, result, cohort) -> dict` of
-      scalars, beside or instead of those of `round_metrics`.
+      scalars, beside or instead of those of `round_metrics.py`.
+    direction: `direction(message) -> tree`, the part of a client's message that
+      says where the weights should go; drift is measured on it. Where `combine`
+      does more than take its mean, `metrics` reports the drift.
     wire: `wire(state, sent, message) -> (sent, message)`, the shapes of what
       really travels in the round of `state`, where that is less.
   """
@@ -69,6 +73,7 @@ class Server(NamedTuple):
   metrics: Callable[..., dict[str, jax.Array]] = (
     lambda state, new_state, aggregate, result, cohort: {}
   )
+  direction: Callable[[PyTree], PyTree] = lambda message: message
   wire: Callable[..., tuple[PyTree, PyTree]] = lambda state, sent, message: (
     sent,
     message,
@@ -133,6 +138,7 @@ def federated(
   own_update = update
   if transforms:
     update = transforms_lib.transformed(own_update, *transforms)
+  update = metrics_lib.measured(update, server.direction)
 
   def new_client(state):
     """The state of a client that never took part."""
@@ -247,7 +253,9 @@ def federated(
     if server_batch is not None and server_step is not None:
       server_key = jax.random.fold_in(round_key, _SERVER_KEY)
       trainable = server_step(trainable, base, server_batch, server_key)
-    metrics = round_metrics(result, trees.norm(delta)) | told
+    metrics = metrics_lib.round_metrics(result, trees.norm(delta)) | told
+    if mechanism is not None:  # Of the mean there is only the noisy one.
+      del metrics["drift/cosine"], metrics["drift/diversity"]
     if naming.is_on():
       metrics["clients/nonfinite_mask"] = result.nonfinite
     metrics["update/norm"] = trees.norm(trees.sub(trainable, state.trainable))
@@ -334,62 +342,3 @@ def number(x: Any, at_start: float) -> float:
     The number.
   """
   return at_start if isinstance(x, jax.ShapeDtypeStruct) else float(x)
-
-
-def round_metrics(
-  result: engine.CohortResult, mean_norm: jax.Array
-) -> dict[str, jax.Array]:
-  """Summarises the clients of a round into scalars.
-
-  Args:
-    result: What the cohort brought back.
-    mean_norm: Norm of the aggregated delta.
-
-  Returns:
-    `train/loss` (over all tokens or examples trained on, nats; 0 where no
-    client takes part), `train/count`, `clients/participating`,
-    `clients/nonfinite`, and those of `drift`.
-  """
-  kept = result.weights > 0
-  metrics = {k: jnp.where(kept, v, 0) for k, v in result.metrics.items()}
-  count = sums.total(metrics["count"])
-  return {
-    "train/loss": sums.total(metrics["loss_sum"]) / jnp.maximum(count, 1),
-    "train/count": count,
-    "clients/participating": jnp.sum(kept),
-    "clients/nonfinite": jnp.sum(result.nonfinite),
-    **drift(result.metrics["delta_norm"], result.weights, mean_norm),
-  }
-
-
-def drift(
-  norms: jax.Array, weights: jax.Array, mean_norm: jax.Array
-) -> dict[str, jax.Array]:
-  """Says how far the clients went, and how far they agree.
-
-  Args:
-    norms: [clients], of their deltas d_i.
-    weights: [clients], 0 for absent ones.
-    mean_norm: Norm of the aggregated delta D.
-
-  Returns:
-    `drift/delta_norm` (mean over clients), `drift/delta_norm_max`,
-    `drift/cosine` and `drift/diversity`. With p_i the clients' shares of the
-    weight, the cosine is |D| / sum_i p_i |d_i|: where D is the weighted mean,
-    that is the mean of cos(d_i, D) weighted by p_i |d_i|. The diversity is
-    sum_i p_i |d_i|^2 / |D|^2 (arXiv 1706.05699), 1 where all clients agree.
-  """
-  kept = weights > 0
-  norms = jnp.where(kept, norms, 0)
-  total = sums.total(weights)
-  shares = weights / jnp.where(total > 0, total, 1)
-  moved = mean_norm > 0
-  mean_norm = jnp.where(moved, mean_norm, 1)
-  longest = jnp.maximum(sums.total(shares * norms), jnp.finfo(norms.dtype).tiny)
-  diversity = sums.total(shares * jnp.square(norms)) / jnp.square(mean_norm)
-  return {
-    "drift/delta_norm": sums.total(norms) / jnp.maximum(jnp.sum(kept), 1),
-    "drift/delta_norm_max": jnp.max(norms, initial=0),
-    "drift/cosine": jnp.where(moved, mean_norm / longest, 0),
-    "drift/diversity": jnp.where(moved, diversity, 0),
-  }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fedfm import aggregators, errors, trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, low_rank
+from fedfm.algorithms import low_rank, round_metrics
 from fedfm.clients import engine, local
 from fedfm.types import ClientUpdate, LossFn
 
@@ -135,7 +135,7 @@ def client_ranks(
 def ranked_drift(
   first: PyTree, kept: aggregators.Kept, result: engine.CohortResult
 ) -> dict[str, jax.Array]:
-  """Returns `algorithm.drift` of clients that each start from a part.
+  """Returns `round_metrics.drift` of clients that each start from a part.
 
   Args:
     first: What the clients started from; pairs are [clients, ...], the rest is
@@ -153,9 +153,8 @@ def ranked_drift(
     kept.messages["trained"],
     first,
   )
-  return algorithm.drift(
-    result.metrics["delta_norm"], result.weights, trees.norm(delta)
-  )
+  norms = result.metrics["delta_norm"]
+  return round_metrics.drift(result, trees.norm(delta), norms)
 
 
 def ranked_update(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fedfm import aggregators, trees
-from fedfm.algorithms import algorithm, checks
+from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import local
 from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
 
@@ -78,7 +78,7 @@ def feddyn(
 
   def metrics(state, new_state, mean, result, cohort):
     norm = trees.norm(mean["weighted"])  # Of what clients did, without h.
-    return algorithm.drift(result.metrics["delta_norm"], result.weights, norm)
+    return round_metrics.drift(result, norm)
 
   return algorithm.federated(
     ClientUpdate(start, client.step, finish),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from fedfm import errors, trees
-from fedfm.algorithms import algorithm
+from fedfm.algorithms import algorithm, round_metrics
 from fedfm.clients import estimators, local
 from fedfm.clients.transforms import MessageTransform
 from fedfm.types import (
@@ -132,6 +132,10 @@ def fedkseed(
     delta = rebuild(zeros, aggregate, client_learning_rate, state.seed)
     return delta, state.extra + aggregate
 
+  def metrics(state, new_state, aggregate, result, cohort):
+    # Where G points, in the space of the seeds.
+    return round_metrics.drift(result, trees.norm(aggregate))
+
   return algorithm.federated(
     ClientUpdate(start, step, finish),
     aggregator=aggregator,
@@ -144,6 +148,7 @@ def fedkseed(
         "seed": state.seed,
       },
       combine=combine,
+      metrics=metrics,
       # Not the weights: G, which they are rebuilt from.
       wire=lambda state, sent, message: (state.extra, message),
     ),

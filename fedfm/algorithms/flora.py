@@ -23,6 +23,7 @@ from fedfm.algorithms import (
   client_ranks,
   lora_metrics,
   low_rank,
+  round_metrics,
 )
 from fedfm.clients import local
 from fedfm.types import FederatedAlgorithm, LossFn
@@ -119,7 +120,7 @@ def flora(
         trained, weight, added
       ),
       "update/norm": lora_metrics.update_norm(scale, state, new_state, added),
-      **algorithm.drift(scale * relative * norms, result.weights, mean_norm),
+      **round_metrics.drift(result, mean_norm, scale * relative * norms),
     }
 
   def first(trainable):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fedfm import errors, trees
-from fedfm.algorithms import algorithm, checks
+from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import local
 from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
 
@@ -131,7 +131,7 @@ def ifca(
     norms = jax.lax.map(trees.norm, mean["delta"])
     total = jnp.sum(mean["weight"])
     norm = norms @ mean["weight"] / jnp.where(total > 0, total, 1)
-    return algorithm.drift(result.metrics["delta_norm"], result.weights, norm)
+    return round_metrics.drift(result, norm)
 
   def heaviest(state):
     return model(state.trainable, jnp.argmax(state.extra))
@@ -148,6 +148,7 @@ def ifca(
     server=algorithm.Server(
       init=lambda models: jnp.zeros((num_clusters,), trees.sum_dtype(models)),
       combine=combine,
+      direction=lambda message: message["delta"],
       metrics=metrics,
       client_base=lambda state, base: (state.trainable, base),
     ),

@@ -95,6 +95,7 @@ def mimelite(
         "optimizer": state.extra,
       },
       combine=combine,
+      direction=lambda message: message["delta"],
     ),
     **options,
   )

@@ -96,6 +96,7 @@ def scaffold(
         "control": state.extra,
       },
       combine=combine,
+      direction=lambda message: message["delta"],
     ),
     client_state=trees.zeros_like,
     num_clients=population,

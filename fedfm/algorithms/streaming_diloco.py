@@ -31,7 +31,12 @@ import jax.numpy as jnp
 import optax
 
 from fedfm import errors, trees
-from fedfm.algorithms import algorithm, fragment_schedule, fragments
+from fedfm.algorithms import (
+  algorithm,
+  fragment_schedule,
+  fragments,
+  round_metrics,
+)
 from fedfm.algorithms.diloco import fresh_optimizer, outer_optimizer
 from fedfm.algorithms.fragment_schedule import Schedule
 from fedfm.clients import local
@@ -155,6 +160,9 @@ def streaming_diloco(
         {"weights": state.trainable, "age": state.extra["age"]},
       ),
       combine=_outer_step(outer, split, fragment_of, steps_of, overlap),
+      metrics=lambda state, new_state, mean, result, cohort: (
+        round_metrics.drift(result, trees.norm(mean))
+      ),
       wire=_wire(split, times),
     ),
     server_optimizer=optax.sgd(1.0),  # Adds what the outer step gives.
