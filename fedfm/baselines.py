@@ -17,11 +17,11 @@ import numpy as np
 import optax
 
 from fedfm import (
-  choices,
   clients,
   data,
   errors,
   evaluation,
+  optimizers,
   planning,
   sharding,
   trees,
@@ -237,8 +237,8 @@ def _optimizer(
   settings: ClientSettings, steps: int
 ) -> optax.GradientTransformation:
   """The client optimizer, its schedule over `steps`."""
-  rate = choices.schedule(settings.schedule, settings.learning_rate, steps)
-  return choices.local_optimizer(settings, rate)
+  rate = optimizers.schedule(settings.schedule, settings.learning_rate, steps)
+  return optimizers.local_optimizer(settings, rate)
 
 
 def _without_lanes(mesh: Mesh, batch_size: int) -> Mesh:

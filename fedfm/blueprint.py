@@ -27,7 +27,7 @@ from fedfm import (
 )
 from fedfm import settings as settings_lib
 from fedfm.clients import deterministic, store
-from fedfm.models import families, quantization
+from fedfm.models import attention, families, quantization
 from fedfm.settings import Settings
 
 PyTree = Any
@@ -35,6 +35,8 @@ _TASKS = {
   models.DecoderConfig: "language_model",
   models.CLIPConfig: "contrastive",
 }
+# They differentiate forward, or twice, which derivatives by hand do not know.
+_OTHER_DERIVATIVES = ("forward_gradients", "per_fedavg")
 BUILTIN_MODEL = pathlib.Path(__file__).parent / "models" / "byte_llama"
 
 
@@ -61,7 +63,7 @@ def model_folder(settings: Settings) -> pathlib.Path:
 
 def make_model(settings: Settings, mesh: Mesh) -> models.Model:
   """Builds the model from its config alone; reads no weights."""
-  m = settings.model
+  m, kernel = settings.model, attention_kernel(settings)
   folder = model_folder(settings)
   with errors.at("model.path", folder, (errors.FedFMError,)):
     config = model_folders.read_config(folder)
@@ -73,7 +75,7 @@ def make_model(settings: Settings, mesh: Mesh) -> models.Model:
     "param_dtype": m.dtype,
     "scan_layers": m.scan_layers,
     "remat": m.remat,
-    "attention_kernel": m.attention_kernel,
+    "attention_kernel": kernel,
   }
   has = {field.name for field in dataclasses.fields(config)}
   model = models.build(
@@ -84,6 +86,42 @@ def make_model(settings: Settings, mesh: Mesh) -> models.Model:
   if m.quantize:
     model = quantization.quantized(model, m.quantize, mesh)
   return model
+
+
+def attention_kernel(settings: Settings) -> str:
+  """Returns a kernel that the algorithm can differentiate.
+
+  Args:
+    settings: The run's settings.
+
+  Returns:
+    The one that they name, or "xla" where "auto" might choose another.
+
+  Raises:
+    ConfigError: There is none, or another field stands in the way.
+  """
+  kernel, length = (
+    settings.model.attention_kernel,
+    settings.data.sequence_length,
+  )
+  if settings.algorithm not in _OTHER_DERIVATIVES:
+    return kernel
+  what = f"but algorithm {settings.algorithm!r} differentiates forward or twice"
+  if kernel not in ("auto", "xla"):
+    raise errors.ConfigError(
+      f"model.attention_kernel: got {kernel!r}, {what}: expected 'xla'"
+    )
+  if not settings.data.image_key and length > attention.MAX_UNROLLED:
+    raise errors.ConfigError(
+      f"data.sequence_length: got {length}, {what}: expected at most "
+      f"{attention.MAX_UNROLLED}"
+    )
+  parts = settings.client.accumulate
+  if settings.algorithm == "forward_gradients" and parts > 1:
+    raise errors.ConfigError(
+      f"client.accumulate: got {parts}, {what}: expected 1"
+    )
+  return "xla"
 
 
 def load_weights(settings: Settings, mesh: Mesh, model: models.Model) -> PyTree:

@@ -1,12 +1,10 @@
-"""What the names in a config stand for: optimizers, algorithms, compressors."""
+"""What names in a config stand for: algorithms, aggregators, compressors."""
 
-from collections.abc import Callable
 import dataclasses
 import inspect
 from typing import Any
 
 import jax
-import optax
 
 from fedfm import (
   adapters,
@@ -14,12 +12,12 @@ from fedfm import (
   algorithms,
   compression,
   errors,
+  optimizers,
   protection,
 )
 from fedfm import settings as settings_lib
-from fedfm.clients import local
 from fedfm.clients.transforms import MessageTransform
-from fedfm.settings import ClientSettings, ServerSettings, Settings
+from fedfm.settings import Settings, expect_default
 from fedfm.types import Aggregator, FederatedAlgorithm, LossFn, ServerState
 
 ALGORITHMS = (
@@ -77,6 +75,7 @@ _FIELDS = {
   "client_optimizer": "client.optimizer",
   "inner_steps": "client.local_steps",
   "downlink": "communication.down",
+  "weighting": "client.weighting",
 }
 COMPRESSORS = {
   "bfloat16": compression.bfloat16,
@@ -89,101 +88,6 @@ COMPRESSORS = {
   "rotation": compression.rotation,
   "power_sgd": compression.power_sgd,
 }
-
-
-def schedule(name: str, peak: float, rounds: int) -> optax.Schedule:
-  """A learning rate over rounds or steps: constant, or falling to 0.
-
-  Args:
-    name: "constant", "linear" or "cosine".
-    peak: Rate of the first.
-    rounds: How many there are.
-
-  Returns:
-    `schedule(index) -> rate`.
-  """
-  if name == "linear":
-    return optax.schedules.linear_schedule(peak, 0.0, rounds)
-  if name == "cosine":
-    return optax.schedules.cosine_decay_schedule(peak, rounds)
-  return optax.schedules.constant_schedule(peak)
-
-
-def client_optimizer(
-  settings: ClientSettings, rounds: int
-) -> local.ClientOptimizer:
-  """Builds the local optimizer as a function of the round.
-
-  Args:
-    settings: Name, rate, schedule over rounds, clipping.
-    rounds: Rounds of the run.
-
-  Returns:
-    `optimizer(round) -> optax.GradientTransformation`.
-  """
-  rate = schedule(settings.schedule, settings.learning_rate, rounds)
-  # pyrefly: ignore[bad-argument-type]
-  return lambda round_index: local_optimizer(settings, rate(round_index))
-
-
-def local_optimizer(
-  settings: ClientSettings, rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
-  """Builds the local optimizer.
-
-  Args:
-    settings: Name, momentum, clipping; its rate and schedule are not read.
-    rate: Learning rate, or a schedule of it over steps.
-
-  Returns:
-    An optax transformation.
-  """
-  tx = {
-    "sgd": lambda: optax.sgd(rate),
-    "momentum": lambda: optax.sgd(rate, settings.momentum),
-    "adam": lambda: optax.adam(rate),
-    "adamw": lambda: optax.adamw(rate, weight_decay=settings.weight_decay),
-  }[settings.optimizer]()
-  if settings.clip_norm:
-    tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
-  return tx
-
-
-def server_optimizer(
-  algorithm: str, settings: ServerSettings, rounds: int
-) -> optax.GradientTransformation:
-  """Builds the server optimizer of an algorithm.
-
-  Args:
-    algorithm: One of `ALGORITHMS`; those named after a server optimizer take
-      the form of their paper, the others the optax one that `settings` names.
-    settings: Name, rate, schedule over rounds, momentum, tau.
-    rounds: Rounds of the run.
-
-  Returns:
-    An optax transformation for the pseudo-gradient.
-  """
-  rate = schedule(settings.schedule, settings.learning_rate, rounds)
-  tau = settings.tau
-  by_name: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "fedavgm": lambda: optax.sgd(rate, settings.momentum),
-    "fedadagrad": lambda: algorithms.server_adagrad(rate, tau=tau),
-    "fedadam": lambda: algorithms.server_adam(rate, tau=tau),
-    "fedyogi": lambda: algorithms.server_yogi(rate, tau=tau),
-    "diloco": lambda: algorithms.outer_optimizer(rate, settings.momentum),
-    "photon": lambda: optax.sgd(rate),
-    "streaming_diloco": lambda: algorithms.outer_optimizer(
-      rate, settings.momentum
-    ),
-  }
-  optimizers: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "sgd": lambda: optax.sgd(rate),
-    "momentum": lambda: optax.sgd(rate, settings.momentum),
-    "adam": lambda: optax.adam(rate, eps=tau),
-    "adagrad": lambda: optax.adagrad(rate),
-    "yogi": lambda: optax.yogi(rate),
-  }
-  return by_name.get(algorithm, optimizers[settings.optimizer])()
 
 
 def algorithm(
@@ -213,28 +117,32 @@ def algorithm(
     raise errors.ConfigError(
       f"algorithm: got {name!r}{errors.nearest(name, ALGORITHMS)}"
     )
+  optimizers.check_read(settings)
   factory = getattr(algorithms, name)
   takes = inspect.signature(factory).parameters
   takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
   if "aggregator" not in takes and not takes_all:
-    _check_default(settings, "aggregator", name)
+    expect_default(settings, "aggregator", f"algorithm {name!r}")
   if "server_optimizer" not in takes and not takes_all:
     for field in dataclasses.fields(settings.server):
-      _check_default(settings, f"server.{field.name}", name)
+      expect_default(settings, f"server.{field.name}", f"algorithm {name!r}")
   for direction, argument in (("up", "transforms"), ("down", "downlink")):
     if argument not in takes and not takes_all:
-      _check_default(settings, f"communication.{direction}", name)
+      expect_default(
+        settings, f"communication.{direction}", f"algorithm {name!r}"
+      )
   arguments: dict[str, Any] = {
     "loss": loss,
-    "client_optimizer": client_optimizer(settings.client, settings.rounds),
-    "server_optimizer": server_optimizer(
-      name, settings.server, settings.rounds
+    "client_optimizer": optimizers.client_optimizer(
+      settings.client, settings.rounds
     ),
+    "server_optimizer": optimizers.server_optimizer(settings),
     "aggregator": aggregator(settings),
-    "weighting": settings.client.weighting,
     "seed": settings.seed,
     "num_clients": num_clients,
   }
+  if settings.client.weighting != "auto":
+    arguments["weighting"] = settings.client.weighting
   if mechanism := protection.mechanism(settings, num_clients):
     del arguments["aggregator"]
     arguments |= {"mechanism": mechanism, "weighting": "uniform"}
@@ -248,7 +156,7 @@ def algorithm(
     arguments["adapter"] = adapter
   if "client_learning_rate" in takes:
     for field in ("optimizer", "schedule", "clip_norm"):
-      _check_default(settings, f"client.{field}", name)
+      expect_default(settings, f"client.{field}", f"algorithm {name!r}")
     arguments["client_learning_rate"] = settings.client.learning_rate
   if "inner_steps" in takes:
     arguments["inner_steps"] = settings.client.local_steps
@@ -308,16 +216,6 @@ def check_trainable(
     ) from None
   except errors.PrivacyError as e:  # By how much a message is rounded.
     raise errors.PrivacyError(f"privacy.secure_aggregation.{e}") from None
-
-
-def _check_default(settings: Settings, path: str, algorithm: str) -> None:
-  """Refuses a field that an algorithm would not read."""
-  got = settings_lib.get(settings, path)
-  default = settings_lib.get(Settings(), path)
-  if got != default:
-    raise errors.ConfigError(
-      f"{path}: got {got!r}, but algorithm {algorithm!r} expects {default!r}"
-    )
 
 
 def aggregator(settings: Settings) -> Aggregator:

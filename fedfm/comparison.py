@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedfm import arm_runs, errors
+from fedfm import arm_runs, errors, optimizers
 from fedfm import settings as settings_lib
 from fedfm.settings import Settings
 
@@ -181,7 +181,7 @@ def run_arm(
   every_run = {}
   for multiple in comparison.server_rates:
     server = dataclasses.replace(
-      settings.server, learning_rate=settings.server.learning_rate * multiple
+      settings.server, learning_rate=optimizers.server_rate(settings) * multiple
     )
     every_run[multiple] = _kept_runs(
       dataclasses.replace(settings, server=server),

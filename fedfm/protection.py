@@ -55,6 +55,8 @@ def mechanism(settings: Settings, num_clients: int) -> privacy.Mechanism | None:
       f"delta to average, but {what} expects one of {', '.join(ALGORITHMS)}"
     )
   _expect(settings, "aggregator", "mean", what)
+  if settings.client.weighting != "auto":
+    _expect(settings, "client.weighting", "uniform", what)
   if secure.enabled:
     _expect(settings, "communication.up", "none", what)
   central = None

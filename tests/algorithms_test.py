@@ -11,7 +11,7 @@ import optax
 import pytest
 import reference
 
-from fedfm import algorithms, choices, errors, settings
+from fedfm import algorithms, errors, optimizers, settings
 from fedfm.clients import measures
 
 ROUNDS, SGD, SOURCE = cases.ROUNDS, optax.sgd(cases.RATE), cases.LINEAR
@@ -122,19 +122,21 @@ def test_client_optimizer_may_depend_on_the_round():
 
 def test_schedules_of_configs_on_either_side_in_numpy():
   """Linear over 4 rounds on the clients, cosine on the server."""
-  client = settings.ClientSettings(
-    optimizer="sgd", learning_rate=cases.RATE, schedule="linear"
-  )
-  server = settings.ServerSettings(
-    optimizer="sgd", learning_rate=0.8, schedule="cosine"
+  config = settings.from_dict(
+    {
+      "rounds": 4,
+      "algorithm": "fedopt",
+      "client": {"learning_rate": cases.RATE, "schedule": "linear"},
+      "server": {"learning_rate": 0.8, "schedule": "cosine"},
+    }
   )
   with jax.enable_x64(True):
     got = list(
       two_rounds(
         cases.build(
           "fedopt",
-          client_optimizer=choices.client_optimizer(client, 4),
-          server_optimizer=choices.server_optimizer("fedopt", server, 4),
+          client_optimizer=optimizers.client_optimizer(config.client, 4),
+          server_optimizer=optimizers.server_optimizer(config),
         )
       )
     )

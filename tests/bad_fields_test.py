@@ -88,7 +88,7 @@ FIELDS = [
   ),
   (
     {"algorithm": "fedex_lora", "server": {"learning_rate": 0.5}},
-    r"^server.learning_rate: got 0.5, but algorithm 'fedex_lora' expects 1.0",
+    r"^server.learning_rate: got 0.5, but algorithm 'fedex_lora' expects None",
   ),
   (
     {"algorithm": "hetlora", "algorithm_options": {"ranks": (1, 4)}},
@@ -183,6 +183,18 @@ FIELDS = [
   (
     {"client": {"batch_size": 4}, "mesh": {"fsdp": 4}},
     r"^eval.batch_size: mesh.fsdp = 4 does not divide 2",
+  ),
+  (
+    {"algorithm": "forward_gradients", "client": {"accumulate": 2}},
+    r"^client.accumulate: got 2, but algorithm .*: expected 1",
+  ),
+  (
+    {"algorithm": "per_fedavg", "data": {"sequence_length": 1100}},
+    r"^data.sequence_length: got 1100, but .*: expected at most 1024",
+  ),
+  (
+    {"algorithm": "per_fedavg", "model": {"attention_kernel": "splash"}},
+    r"^model.attention_kernel: got 'splash', but .*: expected 'xla'",
   ),
   ({"lanes": 12}, r"^lanes: mesh.clients = 8 does not divide 12 lanes"),
   ({"adapter": {"rank": 17}}, r"^adapter.rank: got 17, expected 1 to 16"),

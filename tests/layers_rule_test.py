@@ -61,6 +61,7 @@ EXPERIMENT = {
   "experiment",
   "hosting",
   "ledger",
+  "optimizers",
   "participation",
   "personalization",
   "planning",

@@ -119,7 +119,7 @@ def test_greedy_tokens_with_a_cache(root, name):
 
 def test_long_texts_are_attended_to_in_tiles(root, monkeypatch):
   """Windows by layer that are known at run time only; prompts into a cache."""
-  monkeypatch.setattr(attention, "_UNROLLED", 1)
+  monkeypatch.setattr(attention, "MAX_UNROLLED", 1)
   model, params = huggingface.load(root / "gemma3", dtype="float32")
   got = model.unembed(params, hidden_of(model, params))
   want = expected("gemma3")

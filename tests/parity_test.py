@@ -116,7 +116,7 @@ def by_loop(optimizer="sgd", dtype="float32"):
   """The round as plain steps, client by client: no option is on."""
   _, _, params, _, _, trainable, loss = problem(optimizer, dtype)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(attention, "_UNROLLED", 1024)
+    patch.setattr(attention, "MAX_UNROLLED", 1024)
     deltas = [
       reference.client_delta(
         loss,
@@ -142,7 +142,7 @@ def run(case, cohort, monkeypatch, **which):
   """(new state, metrics, old trainable) of a round with a case's options."""
   options = CASES[case]
   if options.get("tiles"):
-    monkeypatch.setattr(attention, "_UNROLLED", 8)
+    monkeypatch.setattr(attention, "MAX_UNROLLED", 8)
   _, _, params, algorithm, round_fn, trainable, _ = problem(**which, **options)
   state, metrics = round_fn(algorithm.init(trainable), params, cohort)
   return state, metrics, trainable
@@ -205,7 +205,7 @@ def test_padding_and_absent_clients_change_no_bit(case, monkeypatch):
 
 
 def on_mesh(shape, case, monkeypatch, **which):
-  monkeypatch.setattr(attention, "_UNROLLED", 8)
+  monkeypatch.setattr(attention, "MAX_UNROLLED", 8)
   model, adapter, params, algorithm, round_fn, trainable, _ = problem(
     **which, **CASES[case]
   )

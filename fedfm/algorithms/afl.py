@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import trees
+from fedfm import errors, trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.algorithms.qfedavg import with_sent_loss
 from fedfm.clients import engine, local
@@ -76,7 +76,11 @@ def afl(
   Raises:
     ConfigError: A rate below 0, or no `num_clients`.
   """
-  del weighting
+  if weighting != "uniform":
+    raise errors.ConfigError(
+      f"weighting: got {weighting!r}, but clients of AFL weigh by its mixture: "
+      "expected 'uniform'"
+    )
   checks.check_number("mixture_learning_rate", mixture_learning_rate)
   population = checks.check_num_clients(num_clients)
   client = with_sent_loss(

@@ -15,7 +15,12 @@ import optax
 
 from fedfm import trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, lora_metrics, low_rank
+from fedfm.algorithms import (
+  algorithm,
+  lora_metrics,
+  low_rank,
+  schedule_clock,
+)
 from fedfm.clients import local
 from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
 
@@ -59,8 +64,10 @@ def in_turns(
     turn, new = state.b_has_turn, {}
     for name, part in parts.items():
       updates, new[name] = part.update(updates, getattr(state, name), params)
-    new["a"] = trees.select(turn, state.a, new["a"])
-    new["b"] = trees.select(turn, new["b"], state.b)
+    idle_a = schedule_clock.gone_on(state.a, new["a"])
+    idle_b = schedule_clock.gone_on(state.b, new["b"])
+    new["a"] = trees.select(turn, idle_a, new["a"])
+    new["b"] = trees.select(turn, new["b"], idle_b)
     updates = of_turn(turn, updates, trees.zeros_like(updates))
     return updates, TurnsState(**new, b_has_turn=~turn)
 

@@ -36,6 +36,7 @@ from fedfm.algorithms import (
   fragment_schedule,
   fragments,
   round_metrics,
+  schedule_clock,
 )
 from fedfm.algorithms.diloco import fresh_optimizer, outer_optimizer
 from fedfm.algorithms.fragment_schedule import Schedule
@@ -230,9 +231,10 @@ def _outer_step(outer, split, fragment_of, steps_of, overlap: int):
     del result, cohort
     rows, fragment = split(state.trainable), fragment_of(state.round)
     state_rows = fragments.optimizer_rows(outer, rows, state.trainable)[1]
+    own = fragments.take(state_rows, state.extra["outer"], fragment)
     updates, part = outer.update(
       trees.scale(aggregate, -1),
-      fragments.take(state_rows, state.extra["outer"], fragment),
+      schedule_clock.at_round(own, state.round),
       fragments.take(rows, state.trainable, fragment),
     )
     delta = fragments.put(

@@ -16,7 +16,7 @@ from fedfm.models.flash_attention import (
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 # Up to here, blocks of queries are unrolled: less work on short sequences.
-_UNROLLED = 1024  # Tokens.
+MAX_UNROLLED = 1024  # Tokens; more go in tiles, with a derivative by hand.
 
 
 def attention(
@@ -118,7 +118,7 @@ def causal_attention(
     if window is None or is_local is True:
       return local(query, key, value)
     return jax.lax.cond(is_local, local, everywhere, query, key, value)
-  run = _unrolled if seq <= _UNROLLED else flash_attention
+  run = _unrolled if seq <= MAX_UNROLLED else flash_attention
   options["window"] = _effective(window, is_local, key.shape[1])
   return run(query, key, value, segment_ids, **options)
 
@@ -168,7 +168,7 @@ def full_attention(
   def some(queries):
     return attention(queries, key, value, allowed, scale=scale)
 
-  if seq <= _UNROLLED:
+  if seq <= MAX_UNROLLED:
     return attention(query, key, value, allowed, scale=scale)
   blocks = jnp.pad(query, ((0, 0), (0, -seq % TILE), (0, 0), (0, 0)))
   blocks = jnp.moveaxis(blocks.reshape(b, -1, TILE, h, d), 1, 0)
@@ -208,7 +208,9 @@ def cached_attention(
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   window = _effective(window, is_local, key.shape[1])
   options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-  if query.shape[1] > _UNROLLED:  # Only ever the prompt, in step by position.
+  if (
+    query.shape[1] > MAX_UNROLLED
+  ):  # Only ever the prompt, in step by position.
     offset = positions[0, 0] + prefix
     return flash_attention_to_cache(
       query, key, value, offset, window=window, **options
@@ -234,7 +236,7 @@ def mean_tiles(seq: int) -> float | None:
     >>> mean_tiles(1024), mean_tiles(2048)
     (None, 2.5)
   """
-  return (-(-seq // TILE) + 1) / 2 if seq > _UNROLLED else None
+  return (-(-seq // TILE) + 1) / 2 if seq > MAX_UNROLLED else None
 
 
 def _effective(window: int | None, is_local: Any, length: int) -> Any:

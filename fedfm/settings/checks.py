@@ -32,7 +32,7 @@ _CHOICES = {
   "data.schedule": ("static", "arrivals", "phases"),
   "client.optimizer": ("sgd", "momentum", "adam", "adamw"),
   "client.schedule": ("constant", "linear", "cosine"),
-  "client.weighting": ("examples", "tokens", "uniform"),
+  "client.weighting": ("auto", "examples", "tokens", "uniform"),
   "client.store": ("auto", "device", "host"),
   "server.optimizer": ("sgd", "momentum", "adam", "adagrad", "yogi"),
   "server.schedule": ("constant", "linear", "cosine"),
@@ -94,6 +94,24 @@ def get(settings: Any, path: str) -> Any:
   return value
 
 
+def expect_default(settings: Any, path: str, reader: str) -> None:
+  """Refuses a field that would not be read.
+
+  Args:
+    settings: The settings.
+    path: The field's dotted name.
+    reader: Who does not read it, for the message.
+
+  Raises:
+    ConfigError: It differs from its default.
+  """
+  got, default = get(settings, path), get(type(settings)(), path)
+  if got != default:
+    raise errors.ConfigError(
+      f"{path}: got {got!r}, but {reader} expects {default!r}"
+    )
+
+
 def check(settings: Any) -> None:
   """Raises ConfigError for the first value that is out of range."""
   if not 0 <= settings.seed < 2**32:
@@ -115,7 +133,7 @@ def check(settings: Any) -> None:
   _check_finite(settings)
   for path in _RATES:
     value = get(settings, path)
-    if value < 0:
+    if value is not None and value < 0:
       raise errors.ConfigError(
         f"{path}: got {value}, expected a finite number of at least 0"
       )

@@ -115,7 +115,8 @@ class ClientSettings:
   epochs: int = 1  # Passes over the client's rows.
   local_steps: int = 0  # Most steps; 0 for no limit.
   max_examples: int = 0  # Most rows used in an epoch; 0 for all.
-  weighting: str = "examples"  # examples, tokens or uniform.
+  # By examples, tokens or uniform; auto is the algorithm's own.
+  weighting: str = "auto"
   store: str = "auto"  # Of what clients keep: device, host (a file), or auto.
 
 
@@ -124,10 +125,12 @@ class ServerSettings:
   """The server optimizer of `fedopt`, and the rate of all."""
 
   optimizer: str = "sgd"  # Of fedopt: sgd, momentum, adam, adagrad or yogi.
-  learning_rate: float = 1.0
+  # None is the algorithm's own: 0.1 of adaptive ones, 0.7 of DiLoCo's, 0.5 of
+  # Reptile, 1 of all others.
+  learning_rate: float | None = None
   schedule: str = "constant"  # Over rounds: constant, linear or cosine, to 0.
-  momentum: float = 0.9  # Of fedavgm and optimizer momentum.
-  tau: float = 1e-3  # Adaptivity of fedadam, fedyogi and fedadagrad.
+  momentum: float = 0.9  # Of fedavgm, diloco and optimizer momentum.
+  tau: float = 1e-3  # Added to the root that adaptive optimizers divide by.
   average: float = 0.0  # Decay of the average that is evaluated; 0 for none.
 
 
