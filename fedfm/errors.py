@@ -6,6 +6,7 @@ Every message is one line: what, where, got, expected.
 from collections.abc import Iterable, Iterator
 import contextlib
 import difflib
+import os
 
 
 class FedFMError(ValueError):
@@ -78,6 +79,53 @@ def at(
   except kinds as e:
     where = "" if str(value) in str(e) else f"{value}: "
     raise type(e)(f"{field}: {where}{e}") from None
+
+
+def check_path(
+  path: str | os.PathLike, kind: type[FedFMError] = ConfigError
+) -> None:
+  """Refuses a path that no file can have; that nothing is there is fine.
+
+  Args:
+    path: A path that the user gave.
+    kind: What to raise.
+
+  Raises:
+    FedFMError: It is too long, holds NUL, or cannot be looked at.
+
+  Examples:
+    >>> check_path("a" * 300)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    fedfm.errors.ConfigError: aaa...aaa: File name too long
+  """
+  try:
+    os.stat(path)
+  except (FileNotFoundError, NotADirectoryError):
+    pass
+  except (OSError, ValueError) as e:
+    reason = e.strerror if isinstance(e, OSError) else e
+    raise kind(f"{os.fspath(path)}: {reason}") from None
+
+
+def short(value: object) -> str:
+  """Returns the `repr` of what a user gave, cut where it is very long.
+
+  Args:
+    value: Any value.
+
+  Returns:
+    At most 200 characters.
+
+  Examples:
+    >>> short("ten"), short(10**5000)
+    ("'ten'", 'a value of very many digits')
+  """
+  try:
+    text = repr(value)
+  except ValueError:  # Python writes no integer of more than 4,300 digits.
+    return "a value of very many digits"
+  return text if len(text) <= 200 else f"{text[:60]}...{text[-30:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

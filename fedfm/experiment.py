@@ -94,6 +94,8 @@ def open_run(
     ConfigError: A bad change.
   """
   folder = pathlib.Path(workdir)
+  with errors.at("workdir", folder):
+    errors.check_path(folder, errors.CheckpointError)
   if not (folder / "config.json").is_file():
     raise errors.CheckpointError(
       f"workdir: {folder} holds no config.json, expected a run's folder"
@@ -310,6 +312,10 @@ def _run(
       reports = run_log.Reports(enter(writer), progress, log)
     if restored is not None:
       reports.say(f"resuming at round {first}")
+    if profile_round is not None and profile_round <= first:
+      reports.say(
+        f"profile_round: round {profile_round} was done before, not traced now"
+      )
     profile = None
     if profile_round is not None:
       profile = profile_round, folder / "profile" / f"round_{profile_round}"

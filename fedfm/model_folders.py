@@ -36,7 +36,7 @@ def read_config(path: str | os.PathLike) -> Any:
   Raises:
     CheckpointError: There is no model, or none that is supported.
   """
-  path = pathlib.Path(path)
+  path = _checked(path)
   if weights.exist(path):
     return _orbax_config(path)
   if _is_huggingface(path):
@@ -69,7 +69,7 @@ def load(
     CheckpointError: There is no model, or it is damaged or not supported.
     ConfigError: As in `huggingface.load`.
   """
-  path, load_fn = pathlib.Path(path), huggingface.load
+  path, load_fn = _checked(path), huggingface.load
   if weights.exist(path):
     load_fn = load_orbax
   elif not _is_huggingface(path):
@@ -148,7 +148,7 @@ def convert(
     )
   source, directory = pathlib.Path(source), pathlib.Path(directory)
   model, params = load(source, mesh, dtype)
-  like = source if (source / huggingface.CONFIG).is_file() else None
+  like = companions(source)
   if output_format == "huggingface":
     huggingface.save(directory, model, params, like=like)
   else:
@@ -158,10 +158,31 @@ def convert(
       text = json.dumps(config, indent=2) + "\n"
       (directory / huggingface.CONFIG).write_text(text)
       huggingface.copy_companions(like, directory)
+  copy_vocabulary(source, directory)
+
+
+def companions(source: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder itself where it has a config to take after, or None."""
+  return source if _is_huggingface(source) else None
+
+
+def copy_vocabulary(source: pathlib.Path, directory: pathlib.Path) -> None:
+  """Copies llama2.c's vocabulary, where a model has it.
+
+  Args:
+    source: The model's folder, or its llama2.c file.
+    directory: Another folder.
+  """
   folder = source if source.is_dir() else source.parent
   if jax.process_index() == 0 and folder.resolve() != directory.resolve():
-    for path in sorted(folder.glob("tok*.bin")):  # llama2.c's vocabulary.
+    for path in sorted(folder.glob("tok*.bin")):
       shutil.copyfile(path, directory / path.name)
+
+
+def _checked(path: str | os.PathLike) -> pathlib.Path:
+  path = pathlib.Path(path)
+  errors.check_path(path, errors.CheckpointError)
+  return path
 
 
 def _is_huggingface(path: pathlib.Path) -> bool:

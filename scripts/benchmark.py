@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 
 from absl import flags
 import jax
@@ -27,6 +26,7 @@ import command_line
 from fedfm import data, errors, report, sharding
 from fedfm.data import layout, packing
 from fedfm.scaling import measure, workloads
+import output_folder
 
 SUITES = ("cpu", "gpu")
 SWEEPS = ("clients", "lanes", "batch", "model", "mesh", "weak")
@@ -82,7 +82,7 @@ def mesh_of(num_devices=None, **axes):
 
 def lanes():
   value = _LANES.value
-  if value != "auto" and not value.isdigit():
+  if value != "auto" and not (value.isascii() and value.isdecimal()):
     raise errors.ConfigError(
       f"--lanes: got {value!r}, expected auto or a number"
     )
@@ -95,11 +95,10 @@ def run(label, work, mesh, lane_count=None):
     work, mesh, lanes=lane_count or lanes(), repeats=_REPEATS.value
   )
   row = {"case": label} | row
-  print(
+  command_line.show(
     f"{label}: {row['units_per_second']:,.0f} {work.unit}/s, "
     f"{row['ratio_to_plain']:.2f} of the plain step, "
     f"{row['of_matmul_rate']:.2f} of the matmul rate",
-    flush=True,
   )
   return row
 
@@ -212,7 +211,7 @@ def sweep(name, work_name):
         try:
           yield "x".join(map(str, shape)), run(f"mesh {shape}", work, mesh)
         except errors.ConfigError as e:
-          print(f"mesh {shape}: left out: {e}")
+          command_line.show(f"mesh {shape}: left out: {e}")
   else:
     per_device = options.get("num_clients", 8)
     for v in [2**i for i in range(int(math.log2(n)) + 1)]:
@@ -261,7 +260,7 @@ def main():
     raise errors.ConfigError(f"--repeats: got {_REPEATS.value}, expected >= 1")
   cores = len(os.sched_getaffinity(0))
   jax.config.update("jax_num_cpu_devices", _HOST_DEVICES.value or cores)
-  folder = pathlib.Path(_OUTPUT.value)
+  folder = output_folder.check("--output", _OUTPUT.value)
   if _SUITE.value == "cpu":
     rows = cpu_suite()
   elif _SUITE.value == "gpu":
@@ -283,15 +282,15 @@ def main():
     | {"program_mb": row["program_bytes"] / 1e6}
     for row in rows
   ]
-  print("\n" + report.table(shown))
+  command_line.show("\n" + report.table(shown))
   if _SUITE.value == "cpu":
     packed = heavy_tail()
-    print("\n" + report.table([packed]))
+    command_line.show("\n" + report.table([packed]))
     rows.append(packed)
   write(folder, rows)
   if _SWEEP.value and not _SUITE.value:
     plot(folder, _SWEEP.value, rows)
-  print(f"\nwrote {folder}/")
+  command_line.show(f"\nwrote {folder}/")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ r"""Lists, verifies and exports the checkpoints of a run.
 
 `verify` reads every array, and the states of clients that are kept on the host,
 and compares their digests; it ends with exit code 2 if one differs. `export`
-merges the adapter into the base and writes a Hugging Face folder;
-`--config.FIELD=VALUE` changes a field of the run's config, such as the mesh.
+merges the adapter into the base and writes a Hugging Face folder, as export.py
+does; `--config.FIELD=VALUE` changes a field of the run's config, such as the
+mesh.
 The run's folder is only read, so that this may run beside the training.
 """
 
@@ -18,7 +19,8 @@ from typing import Any
 from absl import flags
 
 import command_line
-from fedfm import checkpoint, errors, experiment, hosting, models, report
+from fedfm import checkpoint, errors, experiment, hosting, report
+import output_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
 _ROUND = flags.DEFINE_integer("round", None, "Round; default all, or newest.")
@@ -97,21 +99,19 @@ def export():
   """Writes a Hugging Face folder."""
   if _OUTPUT.value is None:
     raise errors.ConfigError("--output: got none, expected a folder to write")
+  folder = output_folder.check_new("--output", _OUTPUT.value)
   run, state = experiment.open_run(
     _WORKDIR.value, command_line.overrides(), _ROUND.value
   )
-  base = run.algorithm.effective_base(state, run.base)
-  trainable = run.algorithm.effective_trainable(state)
-  params = run.adapter.merge(base, trainable)
-  models.huggingface.save(_OUTPUT.value, run.model, params)
-  command_line.show(f"round {int(state.round)} written to {_OUTPUT.value}")
+  output_folder.write_merged(folder, run, state)
+  command_line.show(f"round {int(state.round)} written to {folder}")
 
 
 def main(command: str):
   if command == "export":
     export()
     return
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = command_line.check_path("--workdir", _WORKDIR.value)
   folder = workdir / "checkpoints"
   with checkpoint.Checkpointer(folder, read_only=True) as reader:
     if command == "list":

@@ -7,6 +7,7 @@ field or a missing file; here every mistake is one line and exit code 2.
 
 from collections.abc import Callable, Sequence
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -44,8 +45,10 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 _OVERRIDES: list[tuple[str, str]] = []
 EXIT_BAD_INPUT = 2
+EXIT_CANNOT_WRITE = 3
 EXIT_LOST_PROCESS = 5
 EXIT_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # A process that is silent for so many seconds is taken for dead by the others.
 _HEARTBEAT = 40
 
@@ -53,9 +56,9 @@ _HEARTBEAT = 40
 def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
   """Parses flags and runs `main`; ends with a code that says how it went.
 
-  0 done; 1 a bug, with a traceback; 2 bad input; 3 nothing more can be written;
-  4 the loss went wrong; 5 another process was lost; 130 Ctrl-C and 143 SIGTERM,
-  of a run that saved its state. All but 1 print one line.
+  0 done; 1 a bug, with a traceback; 2 bad input; 3 the disk or the memory is
+  full; 4 the loss went wrong; 5 another process was lost; 130 Ctrl-C and 143
+  SIGTERM, of a run that saved its state. All but 1 print one line.
 
   Args:
     main: Reads absl flags.
@@ -88,11 +91,16 @@ def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
     sys.exit(128 + e.signum)
   except KeyboardInterrupt:
     _leave(EXIT_INTERRUPTED, "interrupted")
+  except MemoryError as e:
+    _leave(EXIT_CANNOT_WRITE, f"error: out of memory: {e}")
   except jax.errors.JaxRuntimeError as e:
     if _has_peers():
       _leave(EXIT_LOST_PROCESS, f"error: another process was lost: {e}")
     raise
-  except Exception:
+  except Exception as e:
+    if isinstance(e, OSError) and (e.filename or e.errno in _FULL):
+      code = EXIT_CANNOT_WRITE if e.errno in _FULL else EXIT_BAD_INPUT
+      _leave(code, f"error: {e.filename or 'a file'}: {e.strerror}")
     if not _has_peers():
       raise
     traceback.print_exc()
@@ -104,12 +112,37 @@ def show(text: Any) -> None:
 
   Args:
     text: What to print.
+
+  Raises:
+    SaveError: It goes to a file on a full disk.
   """
   try:
     print(text, flush=True)
-  except (OSError, ValueError):
+  except UnicodeEncodeError:
+    show(str(text).encode("ascii", "backslashreplace").decode())
+  except (OSError, ValueError) as e:
     # A closed pipe is no mistake, and Python would complain of it at the end.
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(e, OSError) and e.errno in _FULL:
+      raise errors.SaveError(f"standard output: {e.strerror}") from None
+
+
+def check_path(flag: str, path: str) -> pathlib.Path:
+  """Refuses a path that no file can have.
+
+  Args:
+    flag: Its name, such as "--workdir".
+    path: Its value.
+
+  Returns:
+    The path.
+
+  Raises:
+    ConfigError: It is too long, for example.
+  """
+  with errors.at(flag, path, (errors.ConfigError,)):
+    errors.check_path(path)
+  return pathlib.Path(path)
 
 
 def _open_standard_streams() -> None:
@@ -186,6 +219,10 @@ def _start_processes() -> None:
       f"{given}"
     )
   coordinator, count, index = given
+  if count is not None and count < 1:
+    raise errors.ConfigError(
+      f"--num_processes: got {count}, expected at least 1"
+    )
   if count is not None and index is not None and not 0 <= index < count:
     raise errors.ConfigError(
       f"--process_id: got {index}, expected 0 to {count - 1}"
@@ -224,7 +261,8 @@ def _not_all_joined(who: str, where: str) -> None:
 def _check_coordinator(address: str, is_first: bool) -> None:
   """Tells a wrong address from a slow start: jax would abort, or only wait."""
   host, colon, port = address.rpartition(":")
-  if not host or not colon or not port.isdigit() or not 0 < int(port) < 2**16:
+  is_number = port.isascii() and port.isdecimal()
+  if not host or not colon or not is_number or not 0 < int(port) < 2**16:
     raise errors.ConfigError(
       f"--coordinator: got {address!r}, expected host:port"
     )
@@ -332,7 +370,7 @@ def read_config(path: str) -> dict[str, Any]:
   Raises:
     ConfigError: A missing, empty or failing file.
   """
-  file = pathlib.Path(path)
+  file = check_path("--config", path)
   if not file.is_file():
     raise errors.ConfigError(f"--config: {path!r} is not a file")
   if file.suffix != ".py":

@@ -17,6 +17,7 @@ from absl import flags
 
 import command_line
 from fedfm import comparison, errors, report
+import output_folder
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file.", required=True)
 _OUTPUT = flags.DEFINE_string("output", "", "Folder; default runs/CONFIG.")
@@ -27,11 +28,14 @@ _SEEDS = flags.DEFINE_list("seeds", [], "Instead of the config's.")
 def load():
   """Returns the comparison that the flags ask for."""
   values = command_line.read_config(_CONFIG.value)
+  for name in ("base", "arms", "own_metrics"):
+    if not isinstance(values.get(name, {}), dict):
+      raise errors.ConfigError(f"{name}: got {values[name]!r}, expected fields")
   values["base"] = command_line.overrides(values.get("base", {}))
   if _ARMS.value:
     for name in _ARMS.value:
-      if name not in values["arms"]:
-        hint = errors.nearest(name, values["arms"])
+      if name not in values.get("arms", {}):
+        hint = errors.nearest(name, values.get("arms", {}))
         raise errors.ConfigError(f"--arms: got {name!r}{hint}")
     for field in ("arms", "own_metrics"):
       every = values.get(field, {})
@@ -71,10 +75,12 @@ def write(folder, compared, results):
 def main():
   compared = load()
   name = pathlib.Path(_CONFIG.value).stem
-  folder = pathlib.Path(_OUTPUT.value or f"runs/{name}")
+  folder = output_folder.check("--output", _OUTPUT.value or f"runs/{name}")
   results = comparison.run(compared, folder)
-  print("\n" + write(folder, compared, results))
-  print(f"\nwrote {folder}/: table.md, results.json, comparison.png")
+  command_line.show("\n" + write(folder, compared, results))
+  command_line.show(
+    f"\nwrote {folder}/: table.md, results.json, comparison.png"
+  )
 
 
 if __name__ == "__main__":

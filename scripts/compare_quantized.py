@@ -22,9 +22,10 @@ _CONFIG = flags.DEFINE_string("config", None, "Config file.", required=True)
 
 def main():
   config = command_line.load_config(_CONFIG.value)
-  if config.setdefault("model", {}).get("quantize"):
+  model = config.get("model", {})
+  if isinstance(model, dict) and model.get("quantize"):
     raise errors.ConfigError(
-      f"model.quantize: got {config['model']['quantize']!r}, but all kinds are "
+      f"model.quantize: got {model['quantize']!r}, but all kinds are "
       "compared here: leave it out"
     )
   opened = experiment.build(config)
@@ -48,7 +49,7 @@ def main():
       if not metric.endswith(("_p10", "_p90")):
         row[metric.removeprefix("eval/")] = value
     rows.append(row)
-  print(report.table(rows))
+  command_line.show(report.table(rows))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def main():
   ]  # All are checked before the first is compiled.
   reports = []
   for one in rounds:
-    print(f"compiling {_CONFIG.value} for {one.topology} ...", flush=True)
+    command_line.show(f"compiling {_CONFIG.value} for {one.topology} ...")
     reports.append(report.compile_round(one, _keeper(one)))
-    print(f"\n{tables.markdown(reports[-1])}\n", flush=True)
+    command_line.show(f"\n{tables.markdown(reports[-1])}\n")
   if _TOPOLOGIES.value:
-    print(tables.scaling_table(reports))
+    command_line.show(tables.scaling_table(reports))
   if _JSON.value:
     pathlib.Path(_JSON.value).write_text(json.dumps(reports, indent=2) + "\n")
 

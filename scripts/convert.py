@@ -13,6 +13,7 @@ from absl import flags
 
 import command_line
 from fedfm import errors, model_folders
+import output_folder
 
 _MODEL = flags.DEFINE_string("model", None, "Model's folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -23,9 +24,10 @@ _DTYPE = flags.DEFINE_string(
 
 
 def main():
+  output = output_folder.check_new("--output", _OUTPUT.value)
   try:
     model_folders.convert(
-      _MODEL.value, _OUTPUT.value, _FORMAT.value, dtype=_DTYPE.value
+      _MODEL.value, output, _FORMAT.value, dtype=_DTYPE.value
     )
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--{e}") from None

@@ -87,11 +87,12 @@ def main():
         _personal(opened, state),
       )
   if _JSON.value:
-    print(json.dumps({"round": round_index, "rows": rows}, indent=2))
+    text = json.dumps({"round": round_index, "rows": rows}, indent=2)
   elif _WORKDIR.value is None:
-    print(report.table(rows))
+    text = report.table(rows)
   else:
-    print(f"round {round_index}\n\n{report.table(rows)}")
+    text = f"round {round_index}\n\n{report.table(rows)}"
+  command_line.show(text)
 
 
 def _check_flags():

@@ -10,12 +10,11 @@ is changed; `--config.FIELD=VALUE` changes a field of its config, such as the
 mesh.
 """
 
-import pathlib
-
 from absl import flags
 
 import command_line
-from fedfm import adapters, blueprint, errors, experiment
+from fedfm import adapters, errors, experiment
+import output_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run's folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -27,21 +26,13 @@ def main():
     raise errors.ConfigError(
       f"--format: got {_FORMAT.value!r}, expected 'merged' or 'peft'"
     )
-  output = pathlib.Path(_OUTPUT.value)
-  if output.is_file():
-    raise errors.ConfigError(f"--output: {output} is a file")
-  if output.exists() and any(output.iterdir()):
-    raise errors.ConfigError(f"--output: {output} is not empty")
+  output = output_folder.check_new("--output", _OUTPUT.value)
   opened, state = experiment.open_run(_WORKDIR.value, command_line.overrides())
-  base = opened.algorithm.effective_base(state, opened.base)
-  trainable = opened.algorithm.effective_trainable(state)
   settings = opened.settings
   if _FORMAT.value == "merged":
-    like = settings.model.path or blueprint.BUILTIN_MODEL
-    adapters.export(
-      output, opened.model, base, opened.adapter, trainable, like=like
-    )
+    output_folder.write_merged(output, opened, state)
   else:
+    base = opened.algorithm.effective_base(state, opened.base)
     if base is not opened.base:
       raise errors.ConfigError(
         f"--format: algorithm {settings.algorithm!r} changes the base too, "
@@ -51,10 +42,10 @@ def main():
       output,
       opened.model,
       opened.adapter,
-      trainable,
+      opened.algorithm.effective_trainable(state),
       base_model=settings.model.path or None,
     )
-  print(f"round {int(state.round)}: wrote {output}")
+  command_line.show(f"round {int(state.round)}: wrote {output}")
 
 
 if __name__ == "__main__":

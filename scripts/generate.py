@@ -87,7 +87,7 @@ def main():
     top_p=_TOP_P.value,
     seed=_SEED.value,
   )
-  print(added if prompt_format else _PROMPT.value + added)
+  command_line.show(added if prompt_format else _PROMPT.value + added)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import command_line
 from fedfm import errors, experiment, sharding, trees
 from fedfm.data import dependencies, tokenizers
 from fedfm.models import DecoderConfig, decoder, huggingface, losses
+import output_folder
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
 _INIT = flags.DEFINE_string("init", "", "Folder to start from, if any.")
@@ -100,7 +101,7 @@ def corpus(num_bytes: int, seed: int) -> tuple[list[bytes], list[bytes]]:
       if room and sum(sizes.values()) < 1.02 * share * num_bytes:
         sizes[name] = sizes.get(name, 0) + len(raw)
         documents.append(raw)
-    print(
+    command_line.show(
       f"{kind}: {sum(sizes.values()):,} bytes, {len(documents):,} of "
       f"{len(found):,} files, {len(sizes)} distributions; left out "
       f"{len(left_out)} that share lines with the standard library"
@@ -195,6 +196,7 @@ def check_flags():
 
 def main():
   check_flags()
+  output_folder.check("--output", _OUTPUT.value)
   steps = _STEPS.value
   train, validation = corpus(steps * _BATCH_TOKENS.value, _SEED.value)
   model = decoder(CONFIG)
@@ -203,7 +205,7 @@ def main():
     loaded, params = huggingface.load(_INIT.value, dtype="float32")
     if loaded.shapes != model.shapes:
       raise errors.ConfigError(f"--init: {_INIT.value} has other sizes")
-  print(f"{trees.num_elements(params):,} parameters")
+  command_line.show(f"{trees.num_elements(params):,} parameters")
   tx = optimizer(steps, int(steps * _DECAY.value))
   loss_fn = losses.language_model(lambda t, _, tokens: model.apply(t, tokens))
   tokenizer = tokenizers.byte_tokenizer()
@@ -251,14 +253,15 @@ def main():
     mean = bits if mean is None else 0.95 * mean + 0.05 * bits
     if done % _PRINT_EVERY == 0:
       spent = time.time() - start
-      print(
+      command_line.show(
         f"step {done}/{steps}  bits/byte {mean:.3f}  "
         f"{done * _BATCH_TOKENS.value / spent:,.0f} tokens/s  "
         f"{spent / done * (steps - done) / 60:.0f} min left",
-        flush=True,
       )
     if done % _SAVE_EVERY == 0 or done == steps:
-      print(f"  held out: {bits_per_byte(params, held_out):.4f} bits/byte")
+      command_line.show(
+        f"  held out: {bits_per_byte(params, held_out):.4f} bits/byte"
+      )
       huggingface.save(
         _OUTPUT.value, model, trees.cast(jax.device_get(params), jnp.bfloat16)
       )
@@ -277,7 +280,9 @@ def report_unseen():
   metrics = built.evaluate(built.trainable)  # LoRA starts as the base itself.
   for population in ("unseen", "seen"):
     bits = metrics[f"eval/{population}/bits_per_byte"]
-    print(f"{population} clients: {bits:.4f} bits/byte, mean over clients")
+    command_line.show(
+      f"{population} clients: {bits:.4f} bits/byte, mean over clients"
+    )
 
 
 if __name__ == "__main__":

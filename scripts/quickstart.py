@@ -9,7 +9,6 @@ plot and the run itself into the folder. Started again, it goes on from there.
 """
 
 import math
-import pathlib
 import time
 
 from absl import flags
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import command_line
 from fedfm import baselines, completion, experiment, report
 from fedfm import metrics as metrics_lib
+import output_folder
 
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Run's folder.")
@@ -85,9 +85,9 @@ def main():
   began = time.perf_counter()
 
   def say(text):
-    print(f"[{time.perf_counter() - began:4.0f} s] {text}", flush=True)
+    command_line.show(f"[{time.perf_counter() - began:4.0f} s] {text}")
 
-  folder = pathlib.Path(_WORKDIR.value)
+  folder = output_folder.check("--workdir", _WORKDIR.value)
   say("loading the base and the clients")
   built = experiment.build(command_line.load_config(_CONFIG.value))
   base = built.initial_state().trainable

@@ -24,6 +24,7 @@ from absl import flags
 
 import command_line
 from fedfm import checkpoint, errors, hosting, metrics, report
+import output_folder
 
 _SCRIPTS = pathlib.Path(__file__).parent
 _KILLS = flags.DEFINE_integer("kills", 30, "Kills to survive.")
@@ -180,7 +181,9 @@ def main():
   is_default = _CONFIG.present == 0
   short = _SHORT if is_default else {}
   overrides = [f"--config.{k}={v}" for k, v in short.items()] + given
-  folder = pathlib.Path(_WORKDIR.value or tempfile.mkdtemp(prefix="fedfm-soak"))
+  folder = output_folder.check(
+    "--workdir", _WORKDIR.value or tempfile.mkdtemp(prefix="fedfm-soak")
+  )
   folder.mkdir(parents=True, exist_ok=True)
   runner = Runner(folder, overrides)
 

@@ -18,13 +18,13 @@ again.
 
 import itertools
 import json
-import pathlib
 
 from absl import flags
 import numpy as np
 
 import command_line
 from fedfm import comparison, errors, report
+import output_folder
 
 _CONFIG = flags.DEFINE_string(
   "config", "configs/starting_point.py", "Config file."
@@ -156,7 +156,7 @@ def main():
       "metric": _METRIC,
     }
   )
-  folder = pathlib.Path(_OUTPUT.value)
+  folder = output_folder.check("--output", _OUTPUT.value)
   by_name = comparison.run(compared, folder)
   results = {key: by_name[name] for key, name in names.items()}
   compared = compared._replace(target=target_of(results))
@@ -166,7 +166,9 @@ def main():
   (folder / "table.md").write_text(table + "\n")
   (folder / "results.json").write_text(json.dumps(by_name) + "\n")
   plot(folder, results, compared)
-  print(f"\n{table}\n\nwrote {folder}/: table.md, results.json, plots")
+  command_line.show(
+    f"\n{table}\n\nwrote {folder}/: table.md, results.json, plots"
+  )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ _PROFILE = flags.DEFINE_integer(
 
 
 def main():
+  command_line.check_path("--workdir", _WORKDIR.value)
   summary = experiment.train(
     command_line.load_config(_CONFIG.value), _WORKDIR.value, _PROFILE.value
   )

@@ -56,6 +56,9 @@ def test_a_chosen_round_is_profiled(run, built):
   assert traces and traces[0].stat().st_size > 1000
   with pytest.raises(errors.ConfigError, match="profile_round: got 4, .* 3"):
     experiment.run(built, folder, profile_round=4)
+  experiment.run(built, folder, profile_round=2)
+  said = (folder / run_log.FILE).read_text().splitlines()
+  assert any("round 2 was done before, not traced now" in x for x in said)
 
 
 def test_the_log_can_be_read(run):

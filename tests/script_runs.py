@@ -1,11 +1,20 @@
-"""Runs of the scripts, as processes of their own."""
+"""Runs of the scripts, as processes of their own or in this one."""
 
+import contextlib
+import importlib.util
+import io
 import os
 import pathlib
 import subprocess
 import sys
 
+from absl import flags
+import pytest
+
+import command_line
+
 ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = {p.stem for p in (ROOT / "scripts").glob("*.py")} - {"command_line"}
 
 
 def script(name, *arguments):
@@ -18,3 +27,46 @@ def script(name, *arguments):
     check=False,
   )
   return process.returncode, process.stdout, process.stderr
+
+
+def here(name, *arguments, commands=()):
+  """As `script`, in this process: much faster where little is computed."""
+  out, err, code = io.StringIO(), io.StringIO(), 0
+  with pytest.MonkeyPatch.context() as patch, _flags_of(name) as module:
+    patch.setattr(command_line, "_OVERRIDES", [])
+    patch.setattr(sys, "argv", [name, *arguments])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      try:
+        command_line.run(module.main, commands)
+      except SystemExit as e:
+        code = e.code
+  return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def _flags_of(name):
+  """Loads a script anew, its flags in the place of those of other scripts."""
+  every = flags.FLAGS
+  others = {
+    flag: every[flag]
+    for flag in every
+    if every.find_module_defining_flag(flag) in SCRIPTS
+  }
+  for flag in others:
+    delattr(every, flag)
+  before = set(every)
+  spec = importlib.util.spec_from_file_location(
+    f"loaded_{name.removesuffix('.py')}", ROOT / "scripts" / name
+  )
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # Flags are registered by it.
+  try:
+    spec.loader.exec_module(module)
+    yield module
+  finally:
+    every.unparse_flags()
+    for flag in set(every) - before:
+      delattr(every, flag)
+    for flag, value in others.items():
+      every[flag] = value
+    del sys.modules[spec.name]
