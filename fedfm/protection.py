@@ -7,6 +7,7 @@ from fedfm import errors, privacy
 from fedfm import settings as settings_lib
 from fedfm.settings import Settings
 
+_SECURE = "privacy.secure_aggregation"
 # Whose server sees the mean of the clients' deltas and nothing else of theirs.
 ALGORITHMS = (
   "fedavg",
@@ -71,11 +72,14 @@ def mechanism(settings: Settings, num_clients: int) -> privacy.Mechanism | None:
     # Of the clip norm, where accountants count in sensitivities.
     noise = counted.event.noise_multiplier
     noise *= privacy.sensitivity(settings.sampler)
-    central = privacy.gaussian(
-      clip_norm=p.clip_norm,
-      noise_multiplier=noise,
-      expected_clients=settings.clients_per_round,
-    )
+    try:
+      central = privacy.gaussian(
+        clip_norm=p.clip_norm,
+        noise_multiplier=noise,
+        expected_clients=settings.clients_per_round,
+      )
+    except errors.PrivacyError as e:
+      raise errors.PrivacyError(f"privacy.{e}") from None
   if not secure.enabled:
     return central
   largest = settings.clients_per_round
@@ -94,7 +98,8 @@ def mechanism(settings: Settings, num_clients: int) -> privacy.Mechanism | None:
       **options,
     )
   except errors.PrivacyError as e:
-    raise errors.PrivacyError(f"privacy.secure_aggregation.{e}") from None
+    group = "privacy" if str(e).startswith("clip_norm") else _SECURE
+    raise errors.PrivacyError(f"{group}.{e}") from None
 
 
 def accounting(
@@ -136,7 +141,7 @@ def accounting(
       privacy.epsilon(noise_multiplier=noise, rounds=1, **sampling)
   except errors.PrivacyError as e:
     name = str(e).partition(":")[0]
-    is_field = name in ("accountant", "epsilon", "delta")
+    is_field = name in ("accountant", "epsilon", "delta", "noise_multiplier")
     raise errors.PrivacyError(f"privacy.{e}" if is_field else str(e)) from None
   event = privacy.Event(settings.sampler, rate, noise)
   return privacy.Accounting(event, p.delta, p.accountant)

@@ -106,6 +106,14 @@ def test_ledger_composes_different_rounds():
     ({"sampling_rate": 1.5}, "sampling_rate: got 1.5"),
     ({"rounds": 0}, "rounds: got 0"),
     ({"noise_multiplier": -1.0}, "noise_multiplier: got -1.0"),
+    ({"noise_multiplier": 1e-300}, "noise_multiplier: got 1e-300 .*, or 0.001"),
+    ({"noise_multiplier": 1e300}, "noise_multiplier: got 1e.300 .* to 1e.06"),
+    ({"sampling_rate": 1e-16}, "sampling_rate: got 1e-16, .* least 1e-15"),
+    ({"rounds": 10**12}, r"rounds: got 1000000000000, .* most 2\*\*31"),
+    (
+      {"rounds": 2**31, "sampling_rate": 0.1},
+      "rounds: got 2147483648, whose privacy loss .* fewer, or 'rdp'",
+    ),
     ({"accountant": "moments"}, "accountant: got 'moments'"),
     ({"sampler": "round_robin"}, "sampler: got 'round_robin'"),
     ({"sampler": "uniform"}, "accountant: got 'pld', but sampler 'uniform'"),
@@ -114,6 +122,29 @@ def test_ledger_composes_different_rounds():
 def test_bad_arguments_of_the_accountant(changes, message):
   with pytest.raises(errors.PrivacyError, match=message):
     privacy.epsilon(**({"noise_multiplier": 1.0} | MNIST | changes))
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_an_epsilon_that_any_noise_keeps_to(accountant):
+  sampling = MNIST | {"rounds": 3, "accountant": accountant}
+  with pytest.raises(errors.PrivacyError, match="^epsilon: .* expected less"):
+    privacy.noise_multiplier(epsilon=1e300, **sampling)
+
+
+@pytest.mark.parametrize("rate", [1e-12, 3e-10, 0.1, 256 / 60000, 1.0])
+def test_a_cohort_of_a_fixed_size_is_never_less_than_its_rate(rate):
+  event = privacy.accounting.dp_event(privacy.Event("uniform", rate, 1.0))
+  share = event.sample_size / event.source_dataset_size
+  assert rate <= share <= rate * (1 + 1e-6)
+  spent = privacy.epsilon(
+    noise_multiplier=0.1,
+    sampling_rate=rate,
+    rounds=1,
+    delta=1e-15,
+    accountant="rdp",
+    sampler="uniform",
+  )
+  assert spent > 0
 
 
 def test_without_dp_accounting_its_extra_is_named(monkeypatch):
@@ -228,6 +259,12 @@ def test_noise_is_that_of_the_accountant():
   [
     ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
     ({"clip_norm": np.inf}, "clip_norm: got inf"),
+    ({"clip_norm": 1e39}, "clip_norm: got 1e.39, expected 1e-18 to 1e.18"),
+    ({"clip_norm": 1e-46}, "clip_norm: got 1e-46, expected 1e-18 to"),
+    (
+      {"clip_norm": 1e10, "noise_multiplier": 1e10},
+      "noise_multiplier x clip_norm: got 1e.20",
+    ),
     ({"noise_multiplier": -0.1}, "noise_multiplier: got -0.1"),
     ({"expected_clients": 0}, "expected_clients: got 0"),
   ],

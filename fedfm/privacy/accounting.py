@@ -22,7 +22,11 @@ from fedfm.privacy.clip import check_count, check_positive
 
 ACCOUNTANTS = ("pld", "rdp")
 SENSITIVITY = {"poisson": 1.0, "uniform": 2.0}
-_MOST_DOUBLINGS = 30
+# Noise multipliers, and chances of a client, that accountants compute with.
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e6
+_LEAST_RATE = 1e-15
+# Steps of a privacy loss that PLD composes, and rounds that never have as many.
+_MOST_STEPS, _FEW_ROUNDS = 10**8, 10_000
 
 
 class Event(NamedTuple):
@@ -96,8 +100,8 @@ def epsilon(
 
   Args:
     noise_multiplier: The noise's standard deviation over the L2 sensitivity of
-      the sum, which is `sensitivity(sampler)` clip norms.
-    sampling_rate: Chance of a client to be in a round, in (0, 1].
+      the sum, which is `sensitivity(sampler)` clip norms; 0, or 1e-3 to 1e6.
+    sampling_rate: Chance of a client to be in a round, 1e-15 to 1.
     rounds: How many, at least 1.
     delta: In (0, 1).
     accountant: "pld" (tighter) or "rdp".
@@ -160,10 +164,10 @@ def _calibrated(
     own = ((event._replace(noise_multiplier=noise), rounds),)
     return spent_epsilon(own, delta, accountant)
 
-  upper, tries = 1.0, 0
+  upper = 1.0
   while spends(upper) > target:
-    upper, tries = 2 * upper, tries + 1
-    if tries > _MOST_DOUBLINGS:
+    upper *= 2
+    if upper > _MOST_NOISE:
       raise errors.PrivacyError(
         f"epsilon: got {target}, which the {accountant!r} accountant shows for "
         f"no noise at delta {delta}, expected more"
@@ -171,6 +175,11 @@ def _calibrated(
   lower = upper / 2
   while spends(lower) <= target:
     lower, upper = lower / 2, lower
+    if lower < _LEAST_NOISE:
+      raise errors.PrivacyError(
+        f"epsilon: got {target:g}, which noise of {upper:g} sensitivities "
+        "keeps to, expected less"
+      )
   dp = library()
 
   def accountant_of_event():
@@ -213,6 +222,14 @@ def spent_epsilon(
     return float(composed.get_epsilon(delta))
   # One grid for all: that of the least noise.
   grid = max(_grid(event.noise_multiplier) for event, _ in spent)
+  rounds = sum(count for _, count in spent)
+  if rounds > _FEW_ROUNDS:
+    loss = spent_epsilon(spent, delta, "rdp")
+    if loss > _MOST_STEPS * grid:
+      raise errors.PrivacyError(
+        f"rounds: got {rounds}, whose privacy loss of {loss:.3g} is more than "
+        "accountant 'pld' composes, expected fewer, or 'rdp'"
+      )
   losses = [_loss(event, grid).self_compose(n) for event, n in spent]
   total = functools.reduce(lambda a, b: a.compose(b), losses)
   return float(total.get_epsilon_for_delta(delta))
@@ -243,6 +260,9 @@ def dp_event(event: Event) -> Any:
   if event.sampler == "poisson":
     return dp.PoissonSampledDpEvent(event.sampling_rate, noise)
   share = fractions.Fraction(event.sampling_rate).limit_denominator(10**9)
+  if float(share) < event.sampling_rate:  # Never less than what was spent.
+    exact = fractions.Fraction(event.sampling_rate)
+    share = fractions.Fraction(math.ceil(exact * 10**18), 10**18)
   return dp.SampledWithoutReplacementDpEvent(
     share.denominator, share.numerator, noise
   )
@@ -281,10 +301,17 @@ def check_accountant(accountant: str, sampler: str) -> None:
 
 def _check(event: Event, rounds: int, delta: float, accountant: str) -> None:
   check_accountant(accountant, event.sampler)
-  check_positive("noise_multiplier", event.noise_multiplier, zero=True)
-  if not 0 < event.sampling_rate <= 1:
+  noise = event.noise_multiplier
+  check_positive("noise_multiplier", noise, zero=True)
+  if noise and not _LEAST_NOISE <= noise <= _MOST_NOISE:
     raise errors.PrivacyError(
-      f"sampling_rate: got {event.sampling_rate}, expected in (0, 1]"
+      f"noise_multiplier: got {noise:g} sensitivities, expected 0, or "
+      f"{_LEAST_NOISE:g} to {_MOST_NOISE:g}"
+    )
+  if not _LEAST_RATE <= event.sampling_rate <= 1:
+    raise errors.PrivacyError(
+      f"sampling_rate: got {event.sampling_rate}, expected in (0, 1], at least "
+      f"{_LEAST_RATE:g}"
     )
   check_count("rounds", rounds)
   if not 0 < delta < 1:

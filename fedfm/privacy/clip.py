@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from fedfm import errors, trees
 
 PyTree = Any
+# Norms whose squares float32 holds.
+_LEAST_NORM, _MOST_NORM = 1e-18, 1e18
 
 
 def clip(message: PyTree, clip_norm: float) -> tuple[PyTree, jax.Array]:
@@ -50,9 +52,31 @@ def check_positive(name: str, value: float, zero: bool = False) -> None:
     )
 
 
+def check_norm(name: str, value: float) -> None:
+  """Checks a norm of messages, or of the noise on them, all in float32.
+
+  Args:
+    name: Its name, for the message.
+    value: A number.
+
+  Raises:
+    PrivacyError: It is not a number that float32 computes with.
+  """
+  check_positive(name, value)
+  if not _LEAST_NORM <= value <= _MOST_NORM:
+    raise errors.PrivacyError(
+      f"{name}: got {value:g}, expected {_LEAST_NORM:g} to {_MOST_NORM:g}, "
+      "which float32 computes with"
+    )
+
+
 def check_count(name: str, value: int) -> None:
-  """Raises PrivacyError for a number of clients or rounds below 1."""
+  """Raises PrivacyError unless a number of clients or rounds is 1 to 2**31."""
   if isinstance(value, bool) or not isinstance(value, int) or value < 1:
     raise errors.PrivacyError(
       f"{name}: got {value!r}, expected an integer of at least 1"
+    )
+  if value > 2**31:
+    raise errors.PrivacyError(
+      f"{name}: got {errors.short(value)}, expected at most 2**31"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedfm.privacy.clip import check_count, check_positive, clip
+from fedfm.privacy.clip import check_count, check_norm, check_positive, clip
 from fedfm.privacy.mechanism import Mechanism, Release
 from fedfm.types import Aggregator
 
@@ -44,8 +44,10 @@ def gaussian(
     >>> mean.aggregator.aggregate(jnp.array([[3.0, 4.0]]), jnp.ones(1))["sum"]
     Array([0.6, 0.8], dtype=float32)
   """
-  check_positive("clip_norm", clip_norm)
+  check_norm("clip_norm", clip_norm)
   check_positive("noise_multiplier", noise_multiplier, zero=True)
+  if noise_multiplier:
+    check_norm("noise_multiplier x clip_norm", noise_multiplier * clip_norm)
   check_count("expected_clients", expected_clients)
 
   def add(state, message, weight):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fedfm import errors, trees
-from fedfm.privacy.clip import check_count, check_positive, clip
+from fedfm.privacy.clip import check_count, check_norm, check_positive, clip
 from fedfm.privacy.mechanism import Mechanism, Release
 from fedfm.types import Aggregator
 
@@ -161,7 +161,7 @@ def check(
     >>> check(clip_norm=1.0, max_clients=10, bits=12, scale=100.0)
     100
   """
-  check_positive("clip_norm", clip_norm)
+  check_norm("clip_norm", clip_norm)
   check_positive("scale", scale)
   check_count("max_clients", max_clients)
   if not 2 <= bits <= 32:
