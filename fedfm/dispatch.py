@@ -5,7 +5,7 @@ round of a small model on an accelerator may not. Several rounds give the
 numbers of as many dispatches of one, to float rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,24 +28,39 @@ class Outcome(NamedTuple):
   sizes: tuple[int, int]
 
 
-def spans(first: int, last: int, each: int) -> list[range]:
-  """Splits rounds [first, last) where multiples of `each` are.
+class Spans:
+  """The rounds of each dispatch: [first, last), split at multiples of `each`.
 
-  Args:
-    first: Rounds done.
-    last: Rounds of the run.
-    each: Rounds a dispatch.
-
-  Returns:
-    The rounds of each dispatch.
+  None is made before it is asked for, as there may be millions.
 
   Examples:
-    >>> spans(2, 9, 3)
+    >>> list(Spans(2, 9, 3))
     [range(2, 3), range(3, 6), range(6, 9)]
   """
-  begins = [first, *range(first // each * each + each, last, each)]
-  ends = [*begins[1:], last]
-  return [range(a, b) for a, b in zip(begins, ends) if a < b]
+
+  def __init__(self, first: int, last: int, each: int):
+    """Splits rounds.
+
+    Args:
+      first: Rounds done.
+      last: Rounds of the run.
+      each: Rounds a dispatch.
+    """
+    self._rounds = range(first, last)
+    self._begins = range(0)
+    if first < last:
+      self._begins = range(first // each * each, last, each)
+
+  def __len__(self) -> int:
+    return len(self._begins)
+
+  def __iter__(self) -> Iterator[range]:
+    return map(self.__getitem__, range(len(self)))
+
+  def __getitem__(self, index: int) -> range:
+    begin, rounds = self._begins[index], self._rounds
+    end = begin + self._begins.step
+    return range(max(begin, rounds.start), min(end, rounds.stop))
 
 
 def many_rounds(round_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from fedfm import errors, trees
+from fedfm import errors, host_memory, trees
 from fedfm.data import layout, packing
 from fedfm.data.continual import Schedule
 from fedfm.data.realism import Costs, Realism
@@ -291,12 +291,17 @@ def plan_buckets(
 
   Returns:
     Allowed step counts and allowed clients a lane, as `layout.plan_buckets`.
-  """
 
+  Raises:
+    ConfigError: Rows that the host's memory does not hold.
+  """
+  host_memory.check_steps(settings, source, lanes)
   rounds = range(min(settings.rounds, _PLANNED_ROUNDS))
   cohorts = (_steps(plan_round(r), source, aligned) for r in rounds)
   rows = len(source) if aligned else None
-  return layout.plan_buckets(cohorts, lanes, rows)
+  buckets = layout.plan_buckets(cohorts, lanes, rows)
+  host_memory.check_round(settings, source, lanes, max(buckets[0]))
+  return buckets
 
 
 def _steps(work: Work, source: ClientSource, aligned: bool) -> list[int]:

@@ -186,9 +186,10 @@ def _read(
     if label_key:
       data_lib.check_labels(source, num_classes, label_key)
   elif d.name == "files":
-    source = data_lib.from_files(
-      d.path, d.files, texts, category_key=dealt_by, **options
-    )
+    with errors.at("data.path, data.files", d.path):
+      source = data_lib.from_files(
+        d.path, d.files, texts, category_key=dealt_by, **options
+      )
   else:
     if d.task == "contrastive":
       texts = (d.image_key, *(() if d.token_key else (d.text_key,)))
@@ -207,7 +208,8 @@ def _read(
     )
   test = None
   if d.test_files:
-    test = data_lib.from_files(d.path, d.test_files, texts, **options)
+    with errors.at("data.path, data.test_files", d.path):
+      test = data_lib.from_files(d.path, d.test_files, texts, **options)
     source = data_lib.subset(
       source, [i for i in source.ids if i not in test.ids]
     )
@@ -339,8 +341,19 @@ def repartition(
     of text has a label a text.
 
   Raises:
-    ConfigError: As in `data.partition`.
+    ConfigError: As in `data.partition`, under the field's full name.
   """
+  try:
+    return _partition(source, settings, seed)
+  except errors.ConfigError as e:
+    if hasattr(settings, str(e).partition(":")[0]):
+      raise errors.ConfigError(f"data.{e}") from None
+    raise
+
+
+def _partition(
+  source: data_lib.ClientSource, settings: DataSettings, seed: int
+) -> data_lib.ClientSource:
   d = settings
   if d.partition == "natural":
     return source

@@ -115,7 +115,7 @@ class Training:
         f"checkpoint of round {first}, expected {first}"
       )
     under_way: collections.deque[tuple[range, Fetch]] = collections.deque()
-    spans = dispatch.spans(first, s.rounds, s.rounds_per_dispatch)
+    spans = dispatch.Spans(first, s.rounds, s.rounds_per_dispatch)
     cohorts = prefetch.prefetch(
       lambda index: self._cohort(spans[index]), 0, len(spans)
     )

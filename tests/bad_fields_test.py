@@ -169,7 +169,7 @@ FIELDS = [
   ),
   (
     {"data": {"partition": "merged", "num_clients": 11}},
-    r"num_clients: got 11, but there are 8 to merge",
+    r"^data.num_clients: got 11, but there are 8 to merge",
   ),
   ({"clients_per_round": 9}, r"^clients_per_round: got 9, .*has 8 clients"),
   ({"mesh": {"clients": 3}}, r"^mesh: clients=3 .* needs 3 devices, .* are 8"),

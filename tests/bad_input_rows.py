@@ -1,16 +1,7 @@
-"""Bad input by family, and what the one line about it must say."""
-
-import io
-import json
-import shutil
-
-import numpy as np
-import safetensors
-from safetensors import numpy as safetensors_numpy
-
-from fedfm import checkpoint
+"""Bad fields and flags, and what the one line about them must say."""
 
 HUGE = "1" + "0" * 400
+LONG = "a" * 300
 
 # Fields, as a command line gives them, and what the line must say.
 CONFIG = {
@@ -23,11 +14,14 @@ CONFIG = {
   "rounds_per_dispatch=3": (
     r"rounds: got 2, expected a multiple of rounds_per_dispatch = 3"
   ),
+  "rounds=2147483648": r"rounds: got 2147483648, expected below 2\*\*31",
+  "rounds=1000000000000": r"rounds: got 1000000000000, expected below 2\*\*31",
   "rounds=-1": r"rounds: got -1, expected at least 1",
   "seed=-1": r"seed: got -1, expected 0 <= seed < 2\*\*32",
   "seed=4294967296": r"seed: got 4294967296, expected",
   "clients_per_round=0": r"clients_per_round: got 0, expected at least 1",
   "clients_per_round=9": r"clients_per_round: got 9, .* has 8 clients",
+  "lanes=2147483648": r"lanes: got 2147483648, .* below 2\*\*31",
   "lanes=0": r"lanes: got 0, expected",
   "lanes=12": r"lanes: mesh.clients = 8 does not divide 12",
   "client.learning_rate=nan": r"client.learning_rate: got nan, expected",
@@ -56,6 +50,21 @@ CONFIG = {
     r"checkpoint.keep_best: got 'eval/seen/personal_loss' .*'eval/seen/"
   ),
   "checkpoint.every=0": r"checkpoint.every: got 0, expected at least 1",
+  "client.batch_size=1000000000000": (
+    r"client.batch_size: got 1000000000000, expected below 2\*\*31"
+  ),
+  "client.batch_size=2147483640": (
+    r"client.batch_size: got 2147483640, whose rows take .* GB on \d+ lanes, "
+    r"expected at most this machine's .* GB of memory"
+  ),
+  "eval.batch_size=2147483640": (
+    r"eval.batch_size: got 2147483640, whose rows take .* GB"
+  ),
+  "client.epochs=1000000000000": (
+    r"client.epochs: got 1000000000000, expected below 2\*\*31"
+  ),
+  "model.path=" + LONG: rf"model.path: {LONG}: File name too long",
+  "data.path=" + LONG: rf"{LONG}.* cannot be read",
   "client.epochs=0": r"client.epochs: got 0, expected at least 1",
   "client.store=disk": r"client.store: got 'disk'",
   "data.schedule=phase": r"data.schedule: .*'phases'",
@@ -86,6 +95,18 @@ PRIVACY = {
   ),
   (*GAUSSIAN, "--config.privacy.noise_multiplier=nan"): (
     r"privacy.noise_multiplier: got nan, expected"
+  ),
+  (*GAUSSIAN, "--config.privacy.noise_multiplier=1e-300"): (
+    r"privacy.noise_multiplier: got 1e-300 sensitivities, expected 0, or 0.001"
+  ),
+  (*NOISE, "--config.privacy.clip_norm=1e39"): (
+    r"privacy.clip_norm: got 1e\+39, expected 1e-18 to 1e\+18"
+  ),
+  (*SECURE, "--config.privacy.clip_norm=1e39"): (
+    r"error: privacy.clip_norm: got 1e\+39, expected 1e-18 to 1e\+18"
+  ),
+  (*GAUSSIAN, "--config.privacy.epsilon=1e300"): (
+    r"privacy.epsilon: got 1e\+300, which noise of .* keeps to, expected less"
   ),
   (*GAUSSIAN, "--config.privacy.epsilon=-1"): (
     r"privacy.epsilon: got -1.0, expected"
@@ -134,6 +155,7 @@ PRIVACY = {
     r"privacy.secure_aggregation.scale: got 16, with which rounding \d+ values"
   ),
 }
+FILES = ("--config.data.name=files", "--config.data.path=.")
 # Several fields that contradict each other, and other flags.
 COMMANDS = {
   ("--config.deterministic=1", "--config.lanes=8", "--config.mesh.fsdp=2"): (
@@ -191,6 +213,17 @@ COMMANDS = {
     "--config.aggregator=bulyan",
     "--config.aggregator_options.num_byzantine=1",
   ): r"clients_per_round: got 3, but aggregator 'bulyan' expects at least 7",
+  (*FILES, "--config.data.files=/absolute"): (
+    r"data.path, data.files: .: holds no file '/absolute'"
+  ),
+  (
+    "--config.client.epochs=2147483647",
+    "--config.client.local_steps=0",
+  ): r"client.epochs: got 2147483647, with which the rows of a round take .* G",
+  (
+    "--config.data.partition=merged",
+    "--config.data.num_clients=99",
+  ): r"data.num_clients: got 99, but there are \d+ to merge",
   ("--config.rounds",): r"--config.rounds: got no value",
   ("--profile_round=0",): r"profile_round: got 0, expected 1 to rounds = 2",
   ("--profile_round=x",): r"profile_round.*x",
@@ -202,198 +235,20 @@ COMMANDS = {
     "--num_processes=2",
     "--process_id=2",
   ): r"--process_id: got 2, expected 0 to 1",
+  (
+    "--coordinator=h:1",
+    "--num_processes=-3",
+    "--process_id=0",
+  ): r"--num_processes: got -3, expected at least 1",
+  (
+    "--coordinator=h:\u00b2",
+    "--num_processes=2",
+    "--process_id=1",
+  ): r"--coordinator: got 'h:\u00b2', expected host:port",
   ("--coordinator=h:1",): r"--coordinator, --num_processes and --process_id",
   (
     "--coordinator=nowhere",
     "--num_processes=2",
     "--process_id=1",
   ): r"--coordinator: got 'nowhere', expected host:port",
-}
-CONFIG_FILES = {
-  "empty": ("", r"--config: .*config.py has no get_config"),
-  "not Python": ("rounds: 3\n\0", r"--config: .* failed: SyntaxError"),
-  "a mistake": ("import nowhere\n", r"--config: .* ModuleNotFoundError"),
-  "ends": ("raise SystemExit(0)\n", r"--config: .* failed: SystemExit"),
-  "a dict": (
-    "def get_config():\n  return {}\n",
-    r"--config: get_config.. of .* returned dict, expected a ConfigDict",
-  ),
-  "a field for a group": (
-    "import ml_collections\ndef get_config():\n"
-    "  return ml_collections.ConfigDict({'data': 3})\n",
-    r"data: got 3, expected fields",
-  ),
-}
-GOOD = b'{"client": "ann", "text": "good"}\n'
-DATA = {
-  "empty file": (b"", r"got no rows"),
-  "no client": (b"\n\n", r"got no rows"),
-  "not JSON": (GOOD + b"{", r"bad.jsonl:2: not JSON"),
-  "a list": (GOOD + b"[1]", r"bad.jsonl:2: got a JSON list"),
-  "deep": (GOOD + b"[" * 100_000, r"bad.jsonl:2: not JSON"),
-  "missing key": (GOOD + b'{"client": "bo"}', r":2: key 'text' is missing"),
-  "a number": (GOOD + b'{"client": 1, "text": ""}', r":2: 'client' is int"),
-  "no id": (GOOD + b'{"client": "", "text": "x"}', r":2: 'client' is empty"),
-  "no text": (GOOD + b'{"client": "bo", "text": ""}', r"'bo': has no text"),
-  "not UTF-8": (GOOD + b'{"client": "\xff"}', r":2: not UTF-8 at byte 12"),
-  "surrogate": (
-    GOOD + b'{"client": "bo", "text": "\\ud800"}',
-    r":2: 'text' holds a lone surrogate",
-  ),
-}
-
-
-def edit_config(**fields):
-  def edit(model):
-    file = model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-  return edit
-
-
-def edit_weights(change):
-  def edit(model):
-    file = model / "model.safetensors"
-    weights = safetensors_numpy.load_file(file)
-    change(weights)
-    safetensors_numpy.save_file(weights, file, metadata={"format": "pt"})
-
-  return edit
-
-
-def edit_bytes(change, name="model.safetensors"):
-  return lambda model: (model / name).write_bytes(
-    change((model / name).read_bytes())
-  )
-
-
-def twice(data):
-  """Gives the first tensor's name a second entry in the header."""
-  length = int.from_bytes(data[:8], "little")
-  header = data[8 : 8 + length].rstrip()
-  entries = json.loads(header)
-  name = next(k for k in entries if k != "__metadata__")
-  header = header[:-1] + f', "{name}": {json.dumps(entries[name])}}}'.encode()
-  return len(header).to_bytes(8, "little") + header + data[8 + length :]
-
-
-def a_file(model):
-  shutil.rmtree(model)
-  model.write_text("weights")
-
-
-def only(name, content):
-  """Leaves but one file beside the config."""
-
-  def edit(model):
-    (model / "model.safetensors").unlink()
-    (model / name).write_bytes(content)
-
-  return edit
-
-
-def objects():
-  buffer = io.BytesIO()
-  np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
-  return buffer.getvalue()
-
-
-def missing_shard(model):
-  name, index = "model-00001-of-00002.safetensors", {}
-  with safetensors.safe_open(model / "model.safetensors", "np") as file:
-    index["weight_map"] = dict.fromkeys(file.keys(), name)
-  (model / "model.safetensors").unlink()
-  (model / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def sharded(model):
-  (model / "model.safetensors").unlink()
-  index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
-  (model / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-NORM = "model.norm.weight"
-UP = "model.layers.0.mlp.up_proj.weight"
-WEIGHTS = {
-  "no folder": (shutil.rmtree, r"model: found no model"),
-  "a file": (a_file, r"/model: "),
-  "pt": (only("model.pt", b"PK\x03\x04"), r"model.pt: pickled weights"),
-  "object npy": (only("model.npy", objects()), r"model.npy: pickled weights"),
-  "missing shard": (missing_shard, r"00001-of-00002.safetensors: no such file"),
-  "transposed": (
-    edit_weights(lambda w: w.update({UP: np.ascontiguousarray(w[UP].T)})),
-    r"up_proj.weight has shape \[16, 32\], expected \[32, 16\]",
-  ),
-  "no weights": (
-    lambda m: (m / "model.safetensors").unlink(),
-    r"found neither model.safetensors nor",
-  ),
-  "pickle": (
-    lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
-    r"pytorch_model.bin: pickled weights .* not read",
-  ),
-  "pickle inside": (edit_bytes(lambda b: b"\x80\x04" + b), r"pickled weights"),
-  "truncated": (edit_bytes(lambda b: b[:-4]), r"truncated or damaged"),
-  "cut header": (edit_bytes(lambda b: b[:20]), r"truncated"),
-  "empty": (edit_bytes(lambda b: b""), r"truncated"),
-  "name twice": (edit_bytes(twice), r"is given twice"),
-  "outside shard": (sharded, r"names '../other.safetensors', expected a file"),
-  "NaN": (
-    edit_weights(lambda w: w[NORM].fill(np.nan)),
-    r"model.norm.weight holds NaN",
-  ),
-  "missing": (edit_weights(lambda w: w.pop(NORM)), r"norm.weight is missing"),
-  "extra": (
-    edit_weights(lambda w: w.update(more=w[NORM])),
-    r"tensor more .* is not part",
-  ),
-  "shape": (
-    edit_weights(lambda w: w.update({NORM: w[NORM][:3]})),
-    r"norm.weight has shape \[3\], expected \[16\]",
-  ),
-  "integers": (
-    edit_weights(lambda w: w.update({NORM: w[NORM].astype(np.int32)})),
-    r"norm.weight is I32",
-  ),
-  "config cut": (edit_bytes(lambda b: b[:9], "config.json"), r"bad JSON"),
-  "code": (
-    edit_config(architectures=["Own"], auto_map={"AutoModel": "own.Own"}),
-    r"Own",
-  ),
-}
-
-
-def newer_format(workdir):
-  file = workdir / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
-  metadata = json.loads(file.read_text())
-  manifest = metadata["custom_metadata"]["fedfm"] | {"format": 9}
-  del manifest["digest"]
-  manifest["digest"] = checkpoint.json_digest(manifest)
-  metadata["custom_metadata"]["fedfm"] = manifest
-  file.write_text(json.dumps(metadata))
-
-
-def checkpoints_file(workdir):
-  shutil.rmtree(workdir / "checkpoints")
-  (workdir / "checkpoints").write_text("")
-
-
-def another_seed(workdir):
-  file = workdir / "config.json"
-  config = json.loads(file.read_text()) | {"seed": 3}
-  file.write_text(json.dumps(config))
-
-
-RUNS = {
-  "another config": (another_seed, r"another config: seed: had 3, now 0"),
-  "newer format": (newer_format, r"checkpoints/1: format 9 is newer than 2"),
-  "checkpoints a file": (checkpoints_file, r"not a folder of checkpoints"),
-  "broken config": (
-    lambda w: (w / "config.json").write_text("{"),
-    r"config.json: not JSON",
-  ),
-  "not a run": (
-    lambda w: (w / "config.json").unlink(),
-    r"workdir: .* is not a run",
-  ),
 }

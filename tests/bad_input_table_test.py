@@ -11,8 +11,9 @@ import shutil
 import sys
 
 from absl import flags
+from bad_file_rows import CONFIG_FILES, DATA, RUNS, WEIGHTS
 import bad_input_rows
-from bad_input_rows import COMMANDS, CONFIG, CONFIG_FILES, DATA, RUNS, WEIGHTS
+from bad_input_rows import COMMANDS, CONFIG
 import numpy as np
 import pytest
 import tiny

@@ -1,6 +1,7 @@
 """Several rounds a dispatch, and rows on the device: runs of the same bits."""
 
 import signal
+import tracemalloc
 
 import jax
 import numpy as np
@@ -129,3 +130,23 @@ def test_runs_of_two_rounds_a_dispatch(folder, tmp_path, changes):
     lines[each] = tiny.content(tmp_path / str(each))["metrics"]
   for one, two in zip(lines[1], lines[2], strict=True):
     assert two == pytest.approx(one, rel=1e-5, abs=1e-7, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+  ("first", "last", "each"),
+  [(0, 6, 1), (0, 6, 3), (2, 9, 3), (3, 9, 3), (5, 6, 4), (6, 6, 2), (7, 6, 1)],
+)
+def test_spans_are_the_rounds_split_at_multiples(first, last, each):
+  spans = dispatch.Spans(first, last, each)
+  assert [r for span in spans for r in span] == list(range(first, last))
+  assert len(spans) == len(list(spans)) and all(spans)
+  assert all(s.start % each == 0 for s in list(spans)[1:])
+  assert all(s.stop % each == 0 for s in list(spans)[:-1])
+
+
+def test_millions_of_spans_take_no_memory():
+  tracemalloc.start()
+  spans = dispatch.Spans(0, 2**31 - 1, 1)
+  assert spans[len(spans) - 1] == range(2**31 - 2, 2**31 - 1)
+  assert tracemalloc.get_traced_memory()[1] < 1e5
+  tracemalloc.stop()

@@ -59,6 +59,9 @@ SCALARS = st.one_of(
   st.booleans(),
   st.integers(),
   st.integers(-3, 20),
+  # By their exponents: Python prints none of the largest.
+  st.sampled_from([31, 63, 64, 1400, 17_000]).map(lambda bits: -(2**bits)),
+  st.sampled_from([31, 63, 64, 1400, 17_000]).map(lambda bits: 2**bits),
   st.floats(),
   st.text(max_size=8),
   st.sampled_from(["auto", "True", "1e9", "nan", "lora", "sgd", "[1]", "-0"]),

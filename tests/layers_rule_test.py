@@ -59,6 +59,7 @@ EXPERIMENT = {
   "comparison",
   "dispatch",
   "experiment",
+  "host_memory",
   "hosting",
   "ledger",
   "optimizers",

@@ -364,3 +364,13 @@ def test_numpy_integers_are_integers():
   counted = dataclasses.replace(source, size_fn=lambda c: np.int64(3))
   cohort = data.pack(counted, IDS, batch_size=np.int64(2), lanes=np.int64(1))
   assert cohort.batches["id"].shape == (1, 4, 2)
+
+
+def test_epochs_beyond_the_steps_cost_nothing():
+  source = numbered([3, 5])
+  options = {"batch_size": 2, "local_steps": 4, "shuffle": True}
+  many, few = (
+    data.pack(source, IDS, epochs=n, **options) for n in (2**31 - 1, 3)
+  )
+  for name, x in few.batches.items():
+    np.testing.assert_array_equal(many.batches[name], x)

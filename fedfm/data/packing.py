@@ -277,6 +277,7 @@ def _example_rows(
   """Which example is where: [steps, batch], -1 for padding."""
   rng = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
   per_epoch = -(-used // batch_size)
+  epochs = min(epochs, -(-steps // per_epoch))  # Those that steps come from.
   rows = np.full((epochs * per_epoch, batch_size), -1, np.int64)
   for epoch in range(epochs):
     order = np.arange(size) if rng is None else rng.permutation(size)

@@ -66,6 +66,7 @@ _AT_LEAST = {
   "safety.window": 3,
   "safety.max_rollbacks": 0,
 }
+_MOST = 2**31 - 1  # Counters on the device are of 32 bits.
 _RATES = (
   "client.learning_rate",
   "client.weight_decay",
@@ -130,6 +131,8 @@ def check(settings: Any) -> None:
       raise errors.ConfigError(
         f"{path}: got {value}, expected at least {least}"
       )
+    if value > _MOST:
+      raise errors.ConfigError(f"{path}: got {value}, expected below 2**31")
   _check_finite(settings)
   for path in _RATES:
     value = get(settings, path)
@@ -146,10 +149,12 @@ def check(settings: Any) -> None:
   _check_index(settings)
   for path, least in (("lanes", 1), ("model.loss_chunk", 0)):
     value = get(settings, path)
-    if value != "auto" and (not isinstance(value, int) or value < least):
+    if value != "auto" and (
+      not isinstance(value, int) or not least <= value <= _MOST
+    ):
       raise errors.ConfigError(
         f"{path}: got {value!r}, expected 'auto' or an integer of at least "
-        f"{least}"
+        f"{least} and below 2**31"
       )
   if 0 < settings.safety.max_jump <= 1:
     raise errors.ConfigError(

@@ -12,6 +12,7 @@ from fedfm import errors
 from fedfm.settings.schema import Options, Settings
 
 Scalar = int | float | bool | str
+_MOST_INTEGER = 2**63 - 1
 
 
 def from_dict(values: Mapping[str, Any]) -> Settings:
@@ -49,7 +50,8 @@ def _lists(value: Any) -> Any:
 def _build(cls: type, values: Any, prefix: str) -> Any:
   if not isinstance(values, Mapping):
     raise errors.ConfigError(
-      f"{prefix.rstrip('.') or 'config'}: got {values!r}, expected fields"
+      f"{prefix.rstrip('.') or 'config'}: got {errors.short(values)}, expected "
+      "fields"
     )
   fields = {f.name: f for f in dataclasses.fields(cls)}
   hints = typing.get_type_hints(cls)
@@ -72,13 +74,18 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 def _options(values: Any, field: str) -> Options:
   """Checks a flat mapping; the names are checked where they are used."""
   if not isinstance(values, Mapping):
-    raise errors.ConfigError(f"{field}: got {values!r}, expected fields")
+    raise errors.ConfigError(
+      f"{field}: got {errors.short(values)}, expected fields"
+    )
   for name, value in values.items():
     parts = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(x, Scalar) for x in parts):
       raise errors.ConfigError(
-        f"{field}.{name}: got {value!r}, expected a number, a string, or a list"
+        f"{field}.{name}: got {errors.short(value)}, expected a number, a "
+        "string, or a list"
       )
+    for x in parts:
+      _check_integer(x, f"{field}.{name}")
   return {
     str(name): list(value) if isinstance(value, tuple) else value
     for name, value in values.items()
@@ -101,7 +108,10 @@ def convert(value: Any, kind: Any, field: str) -> Any:
     ConfigError: It does not fit.
   """
   if kind is Scalar:
-    return _literal(value)
+    value = _literal(value)
+    _check_integer(value, field)
+    return value
+  _check_integer(value, field)
   if isinstance(kind, types.UnionType) and type(None) in typing.get_args(kind):
     if value is None or value == "None":
       return None
@@ -121,7 +131,8 @@ def convert(value: Any, kind: Any, field: str) -> Any:
         return value
     elif kind is int:
       if isinstance(value, str):
-        return int(value)
+        value = int(value)
+        _check_integer(value, field)
       if isinstance(value, int) and not isinstance(value, bool):
         return value
     elif kind is float:
@@ -142,8 +153,17 @@ def convert(value: Any, kind: Any, field: str) -> Any:
   except (KeyError, ValueError, TypeError):
     pass
   raise errors.ConfigError(
-    f"{field}: got {value!r}, expected {_type_name(kind)}"
+    f"{field}: got {errors.short(value)}, expected {_type_name(kind)}"
   )
+
+
+def _check_integer(value: Any, field: str) -> None:
+  """Refuses integers that no array and no JSON reader holds."""
+  if isinstance(value, int) and abs(value) > _MOST_INTEGER:
+    raise errors.ConfigError(
+      f"{field}: got an integer of {value.bit_length()} bits, expected one of "
+      "at most 63"
+    )
 
 
 def _check_text(value: str, field: str) -> str:
@@ -151,7 +171,8 @@ def _check_text(value: str, field: str) -> str:
   if "\0" not in value and value == value.encode(errors="ignore").decode():
     return value
   raise errors.ConfigError(
-    f"{field}: got {value!r}, expected text without NUL and lone surrogates"
+    f"{field}: got {errors.short(value)}, expected text without NUL and lone "
+    "surrogates"
   )
 
 
