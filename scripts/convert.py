@@ -24,6 +24,7 @@ _DTYPE = flags.DEFINE_string(
 
 
 def main():
+  command_line.check_path("--model", _MODEL.value)
   output = output_folder.check_new("--output", _OUTPUT.value)
   try:
     model_folders.convert(

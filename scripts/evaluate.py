@@ -104,6 +104,8 @@ def _check_flags():
   ):
     if value < 1:
       raise errors.ConfigError(f"{name}: got {value}, expected at least 1")
+  if _MODEL.value is not None:
+    command_line.check_path("--model", _MODEL.value)
   given = (*command_line.raw_overrides(), _CHOICE.value, _EXACT.value)
   if _MODEL.value is not None and not any(given):
     raise errors.ConfigError(

@@ -50,6 +50,7 @@ def load():
       if given:
         raise errors.ConfigError(f"{name}: needs --workdir")
     folder = _MODEL.value or blueprint.BUILTIN_MODEL
+    command_line.check_path("--model", str(folder))
     model, params = model_folders.load(folder, dtype=_DTYPE.value)
     return folder, model, (params,), data.load_tokenizer(folder), model.apply
   for name, given in (("--model", _MODEL.value), ("--dtype", _DTYPE.value)):

@@ -48,9 +48,9 @@ def _flags_of(name):
   """Loads a script anew, its flags in the place of those of other scripts."""
   every = flags.FLAGS
   others = {
-    flag: every[flag]
+    flag: (module, every[flag])
     for flag in every
-    if every.find_module_defining_flag(flag) in SCRIPTS
+    if (module := every.find_module_defining_flag(flag)) in SCRIPTS
   }
   for flag in others:
     delattr(every, flag)
@@ -67,6 +67,7 @@ def _flags_of(name):
     every.unparse_flags()
     for flag in set(every) - before:
       delattr(every, flag)
-    for flag, value in others.items():
+    for flag, (defined_by, value) in others.items():
       every[flag] = value
+      every.register_flag_by_module(defined_by, value)
     del sys.modules[spec.name]
