@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from fedfm import algorithms, data, errors
-from fedfm.data import resident
+from fedfm.data import instructions, prompt_formats, resident
 
 SOURCE = reference.mlp_source()
 IDS = reference.client_ids()
@@ -80,3 +80,26 @@ def test_a_table_that_is_too_large_names_its_size():
     errors.DataError, match="data.resident: more than 10 bytes"
   ):
     resident.rows(SOURCE, max_bytes=10)
+
+
+def test_packed_prompts_of_a_resident_table_weigh_the_same():
+  """A client's weight is its examples, of which a row holds several."""
+  counts = {"ann": 2, "bob": 9}
+  source = data.instruct(
+    data.from_arrays(
+      {c: {"ask": ["a"] * n, "say": ["b"] * n} for c, n in counts.items()}
+    ),
+    data.byte_tokenizer(),
+    sequence_length=24,
+    fields=instructions.Fields("ask", "say"),
+    prompt_format=prompt_formats.builtin("plain"),
+  )
+  rows, table = resident.rows(source)
+  assert "num_examples" not in table
+  cohorts = [
+    data.pack(s, s.ids, batch_size=1, lanes=1, slot_buckets=[2])
+    for s in (source, rows)
+  ]
+  assert set(cohorts[1].batches) == {"row", "mask"}
+  for cohort in cohorts:
+    assert sorted(cohort.num_examples.ravel().tolist()) == [2, 9]

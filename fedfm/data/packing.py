@@ -13,7 +13,7 @@ from fedfm.data.layout import align, assign, auto_lanes, bucket
 from fedfm.data.source import ClientSource
 from fedfm.types import Cohort
 
-_NUM_EXAMPLES = "num_examples"
+NUM_EXAMPLES = "num_examples"  # Of rows that hold several examples.
 
 
 def id_hash(client_id: str) -> np.ndarray:
@@ -249,7 +249,7 @@ def pack(
       arrays["row"][lane, slot] = rows[client]
       arrays["rate"][lane, slot] = rates[client]
       used = np.unique(chosen[chosen >= 0])
-      held = examples.get(_NUM_EXAMPLES)
+      held = examples.get(NUM_EXAMPLES)
       arrays["num_examples"][lane, slot] = (
         len(used) if held is None else np.sum(held[used])
       )
@@ -307,7 +307,7 @@ def _empty_batches(source, ids, shape) -> dict[str, np.ndarray]:
 
 def _leaves(examples):
   """What goes into batches."""
-  return {name: x for name, x in examples.items() if name != _NUM_EXAMPLES}
+  return {name: x for name, x in examples.items() if name != NUM_EXAMPLES}
 
 
 def _fill(batches, where, examples, rows, client_id) -> None:

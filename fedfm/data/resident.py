@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from fedfm import errors
+from fedfm.data import packing
 from fedfm.data import source as source_lib
 
 PyTree = Any
@@ -34,8 +35,9 @@ def rows(
     max_bytes: The largest table that may be made.
 
   Returns:
-    A `ClientSource` of the same clients whose only field is `row`, int32
-    [examples], and the table {field: array [all examples, ...]}.
+    A `ClientSource` of the same clients whose field is `row`, int32 [examples],
+    beside the "num_examples" of rows that hold several (see `packing.pack`),
+    and the table {field: array [all examples, ...]} of all other fields.
 
   Raises:
     DataError: A table above `max_bytes`.
@@ -46,9 +48,11 @@ def rows(
     >>> numbers.read("b")["row"].tolist(), table["x"].tolist()
     ([2], [5.0, 6.0, 7.0])
   """
-  first, parts, size, count = {}, [], 0, 0
+  first, held, parts, size, count = {}, {}, [], 0, 0
   for client_id in source.ids:
-    examples = source.read(client_id)
+    examples = dict(source.read(client_id))
+    if packing.NUM_EXAMPLES in examples:  # Weighs the client, on the host.
+      held[client_id] = examples.pop(packing.NUM_EXAMPLES)
     size += sum(x.nbytes for x in examples.values())
     if size > max_bytes:
       raise errors.DataError(
@@ -63,7 +67,10 @@ def rows(
   def read(client_id: str) -> source_lib.Examples:
     begin = first[client_id]
     end = begin + source.size(client_id)
-    return {ROW: np.arange(begin, end, dtype=np.int32)}
+    examples = {ROW: np.arange(begin, end, dtype=np.int32)}
+    if client_id in held:
+      examples[packing.NUM_EXAMPLES] = held[client_id]
+    return examples
 
   return source_lib.ClientSource(source.ids, source.size_fn, read), table
 
