@@ -72,6 +72,56 @@ def test_a_mean_over_examples_is_one_too():
   )
 
 
+def plain_mean(trainable, base, batch, key):
+  """The mean over examples as users write it: 0 / 0 without any."""
+  squares = (batch["x"] - trainable) ** 2 * batch["mask"]
+  return jnp.sum(squares) / jnp.sum(batch["mask"]), {}
+
+
+def test_a_part_without_examples_is_left_out():
+  run = jax.value_and_grad(clients.accumulated(plain_mean, 2), has_aux=True)
+  batch = {"x": np.array([3.0, 0.0]), "mask": np.array([1.0, 0.0])}
+  (value, _), gradient = run(1.0, None, batch, None)
+  assert (value, gradient) == (4, -4)
+  assert clients.accumulated(plain_mean, 2)(1.0, None, batch, None)[0] == 4
+  batch = {"x": np.array([3.0, np.nan]), "mask": np.ones(2)}
+  (value, _), gradient = run(1.0, None, batch, None)
+  assert np.isnan(value) and np.isnan(gradient)
+
+
+def test_counts_below_one_divide_too():
+  """Token weights may be fractions: in the loss, and in `train/loss`."""
+
+  def loss(trainable, base, batch, key):
+    weights = batch["mask"] / 8
+    squares = (batch["x"] - trainable) ** 2 * weights
+    return jnp.sum(squares) / jnp.sum(weights), {"tokens": jnp.sum(weights)}
+
+  source = data.from_arrays({"a": {"x": np.array([3.0, 5.0], np.float32)}})
+  cohort = data.pack(source, source.ids, lanes=1, batch_size=2)
+  for parts in (1, 2):
+    algorithm = algorithms.fedavg(
+      clients.accumulated(loss, parts), client_optimizer=optax.sgd(0.25)
+    )
+    state, metrics = algorithm.round(
+      algorithm.init(jnp.ones(())), None, cohort
+    )
+    assert metrics["train/loss"] == (4 + 16) / 2
+    assert metrics["train/count"] == 0.25
+    assert state.trainable == 1 + 0.25 * (4 + 8) / 2
+
+
+def test_a_round_of_a_plain_mean_keeps_part_filled_clients():
+  source = data.from_arrays({"a": {"x": np.array([3.0], np.float32)}})
+  cohort = data.pack(source, source.ids, lanes=1, batch_size=4)
+  algorithm = algorithms.fedavg(
+    clients.accumulated(plain_mean, 4), client_optimizer=optax.sgd(0.25)
+  )
+  state, metrics = algorithm.round(algorithm.init(jnp.ones(())), None, cohort)
+  assert metrics["clients/nonfinite"] == 0 and metrics["train/loss"] == 4
+  assert state.trainable == 2
+
+
 def test_parts_have_keys_of_their_own():
   def loss(trainable, base, batch, key):
     return jax.random.normal(key) + 0 * trainable, {}

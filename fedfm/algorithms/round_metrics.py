@@ -54,7 +54,11 @@ def round_metrics(
   metrics = {k: jnp.where(kept, v, 0) for k, v in result.metrics.items()}
   count = sums.total(metrics["count"])
   return {
-    "train/loss": sums.total(metrics["loss_sum"]) / jnp.maximum(count, 1),
+    "train/loss": jnp.where(
+      count > 0,
+      sums.total(metrics["loss_sum"]) / jnp.where(count > 0, count, 1),
+      0,
+    ),
     "train/count": count,
     "clients/participating": jnp.sum(kept),
     "clients/nonfinite": jnp.sum(result.nonfinite),

@@ -59,18 +59,18 @@ def accumulated(loss: LossFn, microbatches: int) -> LossFn:
 
     inputs = (jnp.arange(microbatches), parts)
     weighted, count, aux = jax.lax.scan(step, zeros, inputs)[0]
-    return trees.scale(weighted, 1 / jnp.maximum(count, 1)), aux
+    return trees.scale(weighted, 1 / jnp.where(count > 0, count, 1)), aux
 
   def value_sum(trainable, base, part, key):
     value, aux = loss(trainable, base, part, key)
     count = local.batch_count(part, aux)
-    return value * count, count, aux
+    return _weighted(value, count), count, aux
 
   def value_and_gradient_sum(trainable, base, part, key):
     grad_fn = jax.value_and_grad(loss, has_aux=True)
     (value, aux), gradient = grad_fn(trainable, base, part, key)
     count = local.batch_count(part, aux)
-    return trees.scale((value, gradient), count), count, aux
+    return _weighted((value, gradient), count), count, aux
 
   @jax.custom_vjp
   def accumulated_loss(trainable, base, batch, key):
@@ -98,6 +98,13 @@ def accumulated(loss: LossFn, microbatches: int) -> LossFn:
 
   accumulated_loss.defvjp(forward, backward, symbolic_zeros=True)
   return accumulated_loss
+
+
+def _weighted(tree: PyTree, count: jax.Array) -> PyTree:
+  """Times the count; 0 of a part that counts nothing, whose mean may be NaN."""
+  return trees.select(
+    count > 0, trees.scale(tree, count), trees.zeros_like(tree)
+  )
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
