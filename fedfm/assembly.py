@@ -155,10 +155,8 @@ class Experiment:
 
   @functools.cached_property
   def _init_state(self) -> Any:
-    places, jit = (
-      self.state_shardings,
-      blueprint.jit_for(self.settings, self.mesh),
-    )
+    places = self.state_shardings
+    jit = blueprint.jit_for(self.settings, self.mesh)
     if self.client_store == "device":
       return jit(self.algorithm.init, places)
 
@@ -276,6 +274,8 @@ class Experiment:
     Returns:
       {population: {"ids": list, "tokens", "loss_sum", "correct": [clients]}}.
     """
+    if not self.data.evals:  # Nothing is held out.
+      return {}
     _, cohort = self.eval_cohort
     base = self.base if base is None else base
     with jax.set_mesh(self.mesh):

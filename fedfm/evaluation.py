@@ -198,6 +198,11 @@ def check_name(
       for metric in client_metrics(sums)
       for suffix in ("", "_p10", "_p90")
     ]
+  if name and not populations:
+    raise errors.ConfigError(
+      f"{field}: got {name!r}, but nothing is held out to evaluate on; "
+      "expected data.heldout_fraction or data.unseen_fraction above 0"
+    )
   if name and name not in known:
     raise errors.ConfigError(
       f"{field}: got {name!r}{errors.nearest(name, known)}"

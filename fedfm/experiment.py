@@ -277,6 +277,11 @@ def _run(
         claim.commit()
       log = enter(run_log.RunLog(folder))
       log.say(recording.describe(experiment))
+      if not experiment.data.evals:
+        _LOG.warning(
+          "nothing is evaluated: the data holds nothing out (see "
+          "data.heldout_fraction and data.unseen_fraction)"
+        )
       if experiment.accounting is not None:
         log.say(protection.describe(s, experiment.accounting))
     processes.wait_for_all("claimed")

@@ -92,7 +92,7 @@ def evaluate_personal(
     As `Experiment.evaluate_clients`; nothing where the algorithm makes no
     personal models.
   """
-  if experiment.algorithm.personal is None:
+  if experiment.algorithm.personal is None or not experiment.data.evals:
     return {}
   names, cohort = experiment.eval_cohort
   known = {c: row for row, c in enumerate(experiment.data.train.ids)}

@@ -70,6 +70,11 @@ def main():
     _ask_folder(pathlib.Path(_MODEL.value), asked, rows)
   else:
     opened, state = _open()
+    if not opened.data.evals and not asked:
+      raise errors.ConfigError(
+        "data.heldout_fraction: the data holds nothing out to evaluate "
+        "on; expected it, data.unseen_fraction, or a file of questions"
+      )
     round_index = int(state.round)
     _evaluate(opened, state, rows)
     base = opened.algorithm.effective_base(state, opened.base)

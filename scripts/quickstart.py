@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import command_line
-from fedfm import baselines, completion, experiment, report
+from fedfm import baselines, completion, errors, experiment, report
 from fedfm import metrics as metrics_lib
 import output_folder
 
@@ -90,6 +90,12 @@ def main():
   folder = output_folder.check("--workdir", _WORKDIR.value)
   say("loading the base and the clients")
   built = experiment.build(command_line.load_config(_CONFIG.value))
+  missing = [p for p in _POPULATIONS if p not in built.data.evals]
+  if missing:
+    raise errors.ConfigError(
+      f"data: got no population {' and '.join(map(repr, missing))} held out, "
+      "expected both; see data.heldout_fraction and data.unseen_fraction"
+    )
   base = built.initial_state().trainable
   say(
     f"federating {built.adapter.kind} over {len(built.data.train)} clients, "

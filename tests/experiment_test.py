@@ -302,6 +302,25 @@ def test_a_round_without_clients_changes_nothing(folder):
   assert losses[1] == losses[2] != losses[3]
 
 
+def test_a_run_that_holds_nothing_out_evaluates_nothing(folder, tmp_path):
+  nothing = {"unseen_fraction": 0.0, "heldout_fraction": 0.0}
+  config = tiny.config(folder, rounds=1, lanes=1, data=nothing)
+  best = config | {"checkpoint": {"keep_best": "eval/seen/loss"}}
+  with tiny.one_device():
+    with pytest.raises(
+      errors.ConfigError, match="keep_best: .* nothing is held"
+    ):
+      experiment.build(best)
+    summary = experiment.train(config, tmp_path / "run")
+    opened, state = experiment.open_run(tmp_path / "run")
+  assert summary["base"] == summary["final"] == {}
+  assert (
+    "WARNING: nothing is evaluated"
+    in (tmp_path / "run" / "log.txt").read_text()
+  )
+  assert opened.evaluate_clients(state.trainable) == {}
+
+
 def test_a_run_opens_with_changes(finished):
   _, workdir, summary = finished
   opened, state = experiment.open_run(workdir)

@@ -114,6 +114,17 @@ def test_mistakes_are_one_line(name, arguments, message):
   assert (code, out) == (2, "") and message in line
 
 
+def test_evaluating_what_holds_nothing_out_is_one_line(run):
+  code, out, err = script(
+    "evaluate.py",
+    f"--workdir={run[0]}",
+    "--config.data.unseen_fraction=0",
+    "--config.data.heldout_fraction=0",
+  )
+  (line,) = err.splitlines()
+  assert (code, out) == (2, "") and "holds nothing out to evaluate" in line
+
+
 def test_an_adapter_changes_what_is_generated(run):
   workdir, _ = run
   with tiny.one_device():
