@@ -1,11 +1,80 @@
 """Sums that neither stall nor depend on the order in which XLA adds.
 
 A float32 that counts tokens stops counting at 2**24: adding 1 changes nothing.
-These sums keep what rounding loses.
+These sums keep what rounding loses. A bfloat16 stops at 2**8: what is smaller
+than a float32 is summed as one, and made small again after.
 """
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wide:
+  """A tree in at least float32, to sum, that knows the dtypes it had."""
+
+  tree: PyTree
+  dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+  def map(self, fn: Callable[[jax.Array], Any]) -> "Wide":
+    """Applies `fn` to every leaf."""
+    return dataclasses.replace(self, tree=jax.tree.map(fn, self.tree))
+
+  def narrow(self) -> PyTree:
+    """Returns the tree in the dtypes it had; what were integers stay floats."""
+    leaves, treedef = jax.tree.flatten(self.tree)
+    return treedef.unflatten(
+      x.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else x
+      for x, dtype in zip(leaves, self.dtypes, strict=True)
+    )
+
+
+def widen(tree: PyTree) -> Wide:
+  """Casts every leaf to at least float32.
+
+  Args:
+    tree: Arrays.
+
+  Returns:
+    The tree, `Wide`.
+
+  Examples:
+    >>> wide = widen(jnp.ones(300, jnp.bfloat16)).map(lambda x: x.sum() / 300)
+    >>> wide.tree.dtype.name, wide.narrow()
+    ('float32', Array(1, dtype=bfloat16))
+  """
+  wide = jax.tree.map(
+    lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+  )
+  return Wide(tree=wide, dtypes=tuple(x.dtype for x in jax.tree.leaves(tree)))
+
+
+def weighted(weights: jax.Array, tree: PyTree) -> PyTree:
+  """Sums a tree over its first axis by weight, in at least float32.
+
+  Args:
+    weights: [terms].
+    tree: Leaves [terms, ...].
+
+  Returns:
+    Leaves [...], of the tree's dtypes.
+
+  Examples:
+    >>> weighted(jnp.array([0.25, 0.75]), jnp.array([4.0, 8.0]))
+    Array(7., dtype=float32)
+  """
+
+  def one(x):
+    return jnp.tensordot(weights.astype(x.dtype), x, axes=1)
+
+  return widen(tree).map(one).narrow()
 
 
 def add(

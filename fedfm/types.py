@@ -114,9 +114,20 @@ class Aggregator(NamedTuple):
       `min_clients` are present and finite.
 
     Raises:
-      ConfigError: Fewer rows than `min_clients`.
+      ConfigError: Fewer rows than `min_clients`, or not a row a weight.
     """
     weights = jnp.asarray(weights)
+    if weights.ndim != 1:
+      raise errors.ConfigError(
+        f"weights: got shape {weights.shape}, expected one a client"
+      )
+    for name, x in trees.by_path(messages).items():
+      if jnp.shape(x)[:1] != weights.shape:
+        raise errors.ConfigError(
+          f"messages: got shape {jnp.shape(x)}{f' of {name!r}' * bool(name)}, "
+          f"expected {weights.shape[0]} rows, as many as weights"
+        )
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
     if weights.shape[0] < self.min_clients:
       raise errors.ConfigError(
         f"messages: got {weights.shape[0]} clients, expected at least "

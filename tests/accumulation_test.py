@@ -103,9 +103,7 @@ def test_counts_below_one_divide_too():
     algorithm = algorithms.fedavg(
       clients.accumulated(loss, parts), client_optimizer=optax.sgd(0.25)
     )
-    state, metrics = algorithm.round(
-      algorithm.init(jnp.ones(())), None, cohort
-    )
+    state, metrics = algorithm.round(algorithm.init(jnp.ones(())), None, cohort)
     assert metrics["train/loss"] == (4 + 16) / 2
     assert metrics["train/count"] == 0.25
     assert state.trainable == 1 + 0.25 * (4 + 8) / 2

@@ -256,9 +256,64 @@ def test_float64_stays_float64():
       np.testing.assert_allclose(got, expected, rtol=limit, err_msg=name)
 
 
+def test_small_floats_are_averaged_in_float32():
+  """A bfloat16 stops counting at 256; the mean of 300 is exact."""
+  narrow = jnp.concatenate([jnp.ones((299, 2)), jnp.full((1, 2), 301.0)])
+  x = {"w": narrow.astype(jnp.bfloat16), "b": jnp.ones(300)}
+  for maker in (
+    aggregators.weighted_mean,
+    aggregators.uniform_mean,
+    lambda: aggregators.trimmed_mean(0),
+    lambda: aggregators.apart(
+      w=aggregators.weighted_mean(), b=aggregators.uniform_mean()
+    ),
+  ):
+    for weights in (jnp.ones(300), jnp.ones(300, jnp.bfloat16)):
+      got = maker().aggregate(x, weights)
+      assert got["w"].dtype == jnp.bfloat16 and got["b"].dtype == jnp.float32
+      np.testing.assert_array_equal(got["w"], 2)
+      np.testing.assert_array_equal(got["b"], 1)
+  kept = aggregators.keep().aggregate(x, jnp.ones(300))
+  np.testing.assert_array_equal(kept.update["w"], 2)
+  ones = jnp.ones((300, 2), jnp.bfloat16)
+  got = aggregators.geometric_median().aggregate(ones, jnp.ones(300))
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, 1)
+
+
+def test_integers_have_a_mean_of_fractions():
+  got = aggregators.weighted_mean().aggregate(jnp.arange(4), jnp.ones(4) / 2)
+  assert got == 1.5
+
+
+def test_the_mean_of_large_values_does_not_overflow():
+  x = jnp.array([2e38, 3e38])
+  for rule in (aggregators.median(), aggregators.trimmed_mean(0)):
+    np.testing.assert_allclose(rule.aggregate(x, jnp.ones(2)), 2.5e38)
+
+
+def test_an_integer_of_numpy_is_one():
+  assert aggregators.krum(np.int64(1)).min_clients == 5
+
+
 @pytest.mark.parametrize(
   ("make", "words"),
   [
+    (lambda: aggregators.geometric_median(1e-6, 2.5), ["iterations", "2.5"]),
+    (
+      lambda: aggregators.median().aggregate(jnp.ones((3, 2)), jnp.ones(4)),
+      ["messages", "(3, 2)", "4", "weights"],
+    ),
+    (
+      lambda: aggregators.weighted_mean().aggregate(
+        {"a": jnp.ones(3), "b": jnp.ones(())}, jnp.ones(3)
+      ),
+      ["messages", "'b'", "3", "weights"],
+    ),
+    (
+      lambda: aggregators.median().aggregate(jnp.ones(3), jnp.ones((3, 1))),
+      ["weights", "(3, 1)"],
+    ),
     (lambda: aggregators.trimmed_mean(-1), ["num_byzantine", "-1"]),
     (lambda: aggregators.krum(-3), ["num_byzantine", "-3"]),
     (lambda: aggregators.bulyan(-1), ["num_byzantine", "-1"]),

@@ -372,3 +372,21 @@ def test_results_and_keys_of_clients_do_not_depend_on_lanes():
       np.testing.assert_allclose(
         result.metrics["of_steps"][position], expected, rtol=1e-5
       )
+
+
+def test_bfloat16_messages_are_averaged_in_float32():
+  """A bfloat16 stops counting at 256; neither lanes nor clients are lost."""
+  source = data.from_arrays(
+    {f"c{i}": {"x": np.ones((1, 1), np.float32)} for i in range(600)}
+  )
+
+  def loss(w, base, batch, key):
+    return jnp.sum(w.astype(jnp.float32)) * jnp.sum(batch["x"]), {}
+
+  algorithm = algorithms.fedavg(loss, client_optimizer=optax.sgd(0.5))
+  start = algorithm.init(jnp.zeros(3, jnp.bfloat16))
+  for lanes in (1, 8):
+    cohort = data.pack(source, source.ids, batch_size=1, lanes=lanes)
+    state, _ = jax.jit(algorithm.round)(start, None, cohort)
+    assert state.trainable.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(state.trainable, -0.5)

@@ -232,6 +232,25 @@ def test_one_client_changes_the_sum_by_the_clip_norm_at_most():
     assert max(changes) >= clip * (1 - 1e-5) and min(changes) == 0
 
 
+def test_bfloat16_is_clipped_and_summed_in_float32():
+  """Rounding after the clip would pass the norm; 256 would be the most."""
+  rng = np.random.default_rng(0)
+  sent = jnp.asarray(rng.normal(9, 1, size=(600, 2)), jnp.bfloat16)
+  x = np.asarray(sent, np.float64)
+  want = (0.3 * x / np.linalg.norm(x, axis=1, keepdims=True)).sum(axis=0)
+  mechanism = privacy.gaussian(
+    clip_norm=0.3, noise_multiplier=0, expected_clients=1
+  )
+  aggregator, weights = mechanism.aggregator, jnp.ones(600)
+  total = jax.jit(lambda x: aggregator.collect((), x, weights))(sent)
+  np.testing.assert_allclose(total["sum"].tree, want, rtol=1e-4)
+  update = mechanism.release(total, (), weights, jax.random.key(0)).update
+  assert update.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    update.astype(jnp.float32), want, rtol=float(jnp.finfo("bfloat16").eps)
+  )
+
+
 def test_noise_is_that_of_the_accountant():
   """Its deviation, and its whole distribution; not 2/3 or 3/2 of it."""
   z, clip, expected_clients, d = 1.7, 0.4, 20, 100_000
@@ -345,7 +364,7 @@ def test_the_server_sees_nothing_but_what_is_released(name):
   """With a release that says nothing, other clients leave the same server."""
   silent = noisy()._replace(
     release=lambda aggregate, state, weights, key: privacy.Release(
-      jax.tree.map(lambda x: jnp.ones_like(x) / 8, aggregate["sum"]),
+      jax.tree.map(lambda x: jnp.ones_like(x) / 8, aggregate["sum"].tree),
       state,
       jnp.asarray(True),
       {},

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from fedfm import trees
+from fedfm import sums, trees
 from fedfm.types import Aggregator
 
 PyTree = Any
@@ -14,6 +13,8 @@ PyTree = Any
 
 def weighted_mean() -> Aggregator:
   """Averages messages by weight; the mean over no clients is zero.
+
+  Sums are taken in at least float32, whatever the messages are.
 
   Returns:
     A streaming `Aggregator`. Source: FedAvg, arXiv 1602.05629.
@@ -25,13 +26,13 @@ def weighted_mean() -> Aggregator:
 
   def add(state, message, weight):
     del state
-    weighted = jax.tree.map(lambda m: m * weight.astype(m.dtype), message)
-    return weighted, weight
+    wide = sums.widen(message)
+    return wide.map(lambda m: m * weight.astype(m.dtype)), weight
 
   def finish(state, collected):
     total, weight = collected
     weight = jnp.where(weight > 0, weight, 1)
-    return jax.tree.map(lambda t: t / weight.astype(t.dtype), total), state
+    return total.map(lambda t: t / weight.astype(t.dtype)).narrow(), state
 
   return Aggregator(init=lambda message: (), add=add, finish=finish)
 

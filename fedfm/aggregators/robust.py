@@ -5,12 +5,14 @@ absent and weights count for nothing else, as robust rules treat clients alike
 (the geometric median excepted). Distances are over the whole pytree.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedfm import errors, trees
+from fedfm import errors, sums, trees
 from fedfm.types import Aggregator
 
 PyTree = Any
@@ -21,14 +23,13 @@ def _rows(flags: jax.Array, x: jax.Array) -> jax.Array:
   return flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim))
 
 
-def _check_num_byzantine(num_byzantine: int) -> None:
-  integer = isinstance(num_byzantine, int) and not isinstance(
-    num_byzantine, bool
-  )
-  if not integer or num_byzantine < 0:
+def _integer(name: str, value: Any, least: int) -> int:
+  integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+  if not integer or value < least:
     raise errors.ConfigError(
-      f"num_byzantine: got {num_byzantine!r}, expected an integer of at least 0"
+      f"{name}: got {value!r}, expected an integer of at least {least}"
     )
+  return int(value)
 
 
 def _stacking(rule, min_clients: int = 1) -> Aggregator:
@@ -41,13 +42,20 @@ def _stacking(rule, min_clients: int = 1) -> Aggregator:
   )
 
 
+def _mean(x: jax.Array, count: jax.Array) -> jax.Array:
+  """Sums x [clients, ...] over `count`, in float32; large values too."""
+  # By a power of two first, which changes no digit: the sum can't overflow.
+  size = 1 << len(x).bit_length()
+  share = jnp.maximum(count, 1) / size
+  return sums.widen(x).map(lambda x: jnp.sum(x / size, axis=0) / share).narrow()
+
+
 def _mean_of_sorted(x: jax.Array, present: jax.Array, low, high) -> jax.Array:
   """Mean of the sorted values at ranks [low, high) among present clients."""
   ordered = jnp.sort(jnp.where(_rows(present, x), x, jnp.inf), axis=0)
   ranks = _rows(jnp.arange(x.shape[0]), x)
   inside = (ranks >= low) & (ranks < high)
-  total = jnp.sum(jnp.where(inside, ordered, 0), axis=0)
-  return (total / jnp.maximum(high - low, 1)).astype(x.dtype)
+  return _mean(jnp.where(inside, ordered, 0), high - low)
 
 
 def median() -> Aggregator:
@@ -82,7 +90,7 @@ def trimmed_mean(num_byzantine: int) -> Aggregator:
   Raises:
     ConfigError: f below 0, or no integer.
   """
-  _check_num_byzantine(num_byzantine)
+  num_byzantine = _integer("num_byzantine", num_byzantine, 0)
 
   def rule(messages, weights):
     present = weights > 0
@@ -142,7 +150,7 @@ def krum(num_byzantine: int) -> Aggregator:
   Raises:
     ConfigError: f below 0, or no integer.
   """
-  _check_num_byzantine(num_byzantine)
+  num_byzantine = _integer("num_byzantine", num_byzantine, 0)
 
   def rule(messages, weights):
     distances = squared_distances(messages)
@@ -169,7 +177,7 @@ def bulyan(num_byzantine: int) -> Aggregator:
   Raises:
     ConfigError: f below 0, or no integer.
   """
-  _check_num_byzantine(num_byzantine)
+  num_byzantine = _integer("num_byzantine", num_byzantine, 0)
 
   def rule(messages, weights):
     present = weights > 0
@@ -197,7 +205,7 @@ def bulyan(num_byzantine: int) -> Aggregator:
       order = jnp.argsort(away, axis=0)
       inside = _rows(jnp.arange(len(x)) < kept, x)
       near = jnp.where(inside, jnp.take_along_axis(x, order, axis=0), 0)
-      return (jnp.sum(near, axis=0) / jnp.maximum(kept, 1)).astype(x.dtype)
+      return _mean(near, kept)
 
     return jax.tree.map(nearest_to_median, messages)
 
@@ -217,22 +225,22 @@ def geometric_median(
     A stacking `Aggregator`. Source: RFA, arXiv 1912.13445.
 
   Raises:
-    ConfigError: A smoothing or a number of iterations that is not above 0.
+    ConfigError: A smoothing that is not above 0, or iterations that are no
+      integer of at least 1.
   """
   if not smoothing > 0:
     raise errors.ConfigError(f"smoothing: got {smoothing}, expected above 0")
-  if iterations < 1:
-    raise errors.ConfigError(f"iterations: got {iterations}, expected >= 1")
+  iterations = _integer("iterations", iterations, 1)
 
   def mean(messages, weights):
     total = jnp.sum(weights)
     # Normalised first: huge messages times large weights would overflow.
     shares = weights / jnp.where(total > 0, total, 1)
-    return jax.tree.map(
-      lambda x: jnp.tensordot(shares.astype(x.dtype), x, axes=1), messages
-    )
+    return sums.weighted(shares, messages)
 
   def rule(messages, weights):
+    wide = sums.widen(messages)
+    messages = wide.tree
     weights = weights.astype(jnp.result_type(*jax.tree.leaves(messages)))
 
     def step(_, centre):
@@ -241,6 +249,7 @@ def geometric_median(
       )
       return mean(messages, weights / jnp.maximum(distance, smoothing))
 
-    return jax.lax.fori_loop(0, iterations, step, mean(messages, weights))
+    centre = jax.lax.fori_loop(0, iterations, step, mean(messages, weights))
+    return dataclasses.replace(wide, tree=centre).narrow()
 
   return _stacking(rule)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedfm import aggregators, errors, trees
+from fedfm import aggregators, errors, sums, trees
 from fedfm.adapters import Adapter
 from fedfm.algorithms import low_rank, round_metrics
 from fedfm.clients import engine, local
@@ -146,12 +146,9 @@ def ranked_drift(
   Returns:
     The drift, in the space of the factors.
   """
-  delta = jax.tree.map(
-    lambda trained, x: jnp.tensordot(
-      kept.shares.astype(x.dtype), trained - x, axes=1
-    ),
-    kept.messages["trained"],
-    first,
+  delta = sums.weighted(
+    kept.shares,
+    jax.tree.map(jnp.subtract, kept.messages["trained"], first),
   )
   norms = result.metrics["delta_norm"]
   return round_metrics.drift(result, trees.norm(delta), norms)

@@ -7,10 +7,9 @@ A <- sum_i p_i A_i         B_i and the head persist with client i
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from fedfm import aggregators, trees
+from fedfm import aggregators, sums, trees
 from fedfm.adapters import Adapter
 from fedfm.algorithms import algorithm, lora_metrics, low_rank
 from fedfm.clients import engine, local
@@ -98,9 +97,7 @@ def fedsa_lora(
     )
     of_a = low_rank.select(state.trainable, "a", rest=False)
     trained = low_rank.merge(trees.add(of_a, kept.messages), own)
-    mean_b = jax.tree.map(
-      lambda x: jnp.tensordot(kept.shares.astype(x.dtype), x, axes=1), own
-    )
+    mean_b = sums.weighted(kept.shares, own)
     mean = low_rank.merge(trees.add(of_a, kept.update), mean_b)
     error = lora_metrics.aggregation_error(
       trained, kept.shares, low_rank.pairs_of(mean)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import errors, trees
+from fedfm import errors, sums, trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import local
 from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
@@ -37,20 +37,17 @@ def mean_by_cluster(num_clusters: int) -> Aggregator:
   def add(state, message, weight):
     del state
     share = weight * jax.nn.one_hot(message["cluster"], num_clusters)
-    total = jax.tree.map(
-      lambda d: jnp.tensordot(share.astype(d.dtype), d, axes=0),
-      message["delta"],
-    )
+    wide = sums.widen(message["delta"])
+    total = wide.map(lambda d: jnp.tensordot(share.astype(d.dtype), d, axes=0))
     return total, share
 
   def finish(state, collected):
     total, weight = collected
     safe = jnp.where(weight > 0, weight, 1)
-    mean = jax.tree.map(
-      lambda t: t / safe.astype(t.dtype).reshape((-1,) + (1,) * (t.ndim - 1)),
-      total,
+    mean = total.map(
+      lambda t: t / safe.astype(t.dtype).reshape((-1,) + (1,) * (t.ndim - 1))
     )
-    return {"delta": mean, "weight": weight}, state
+    return {"delta": mean.narrow(), "weight": weight}, state
 
   return Aggregator(init=lambda message: (), add=add, finish=finish)
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedfm import sums
 from fedfm.privacy.clip import check_count, check_norm, check_positive, clip
 from fedfm.privacy.mechanism import Mechanism, Release
 from fedfm.types import Aggregator
@@ -41,7 +42,8 @@ def gaussian(
 
   Examples:
     >>> mean = gaussian(clip_norm=1.0, noise_multiplier=0, expected_clients=4)
-    >>> mean.aggregator.aggregate(jnp.array([[3.0, 4.0]]), jnp.ones(1))["sum"]
+    >>> sent, weights = jnp.array([[3.0, 4.0]]), jnp.ones(1)
+    >>> mean.aggregator.aggregate(sent, weights)["sum"].tree
     Array([0.6, 0.8], dtype=float32)
   """
   check_norm("clip_norm", clip_norm)
@@ -53,10 +55,13 @@ def gaussian(
   def add(state, message, weight):
     del state
     there = weight > 0
-    message, clipped = clip(message, clip_norm)
-    message = jax.tree.map(lambda m: m * there.astype(m.dtype), message)
+    # Clipped wide: rounding to bfloat16 after it could pass the clip norm.
+    wide, clipped = clip(sums.widen(message), clip_norm)
     # As a float: a sum of flags is a count.
-    return {"sum": message, "clipped": (there & clipped).astype(jnp.float32)}
+    return {
+      "sum": wide.map(lambda m: m * there.astype(m.dtype)),
+      "clipped": (there & clipped).astype(jnp.float32),
+    }
 
   def release(total, state, weights, key):
     noise = normal_like(key, total["sum"])
@@ -64,7 +69,7 @@ def gaussian(
       lambda s, n: (s + noise_multiplier * clip_norm * n) / expected_clients,
       total["sum"],
       noise,
-    )
+    ).narrow()
     count = jnp.maximum(jnp.sum(weights > 0), 1)
     metrics = {"privacy/clipped": total["clipped"] / count}
     return Release(update, state, jnp.asarray(True), metrics)

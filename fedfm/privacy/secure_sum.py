@@ -11,13 +11,14 @@ Keys, signatures and secret shares are not. Each client has a mask with each
 other one, so that a round draws clients^2 / 2 times the message's size.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedfm import errors, trees
+from fedfm import errors, sums, trees
 from fedfm.privacy.clip import check_count, check_norm, check_positive, clip
 from fedfm.privacy.mechanism import Mechanism, Release
 from fedfm.types import Aggregator
@@ -84,7 +85,8 @@ def secure_aggregation(
     return () if mechanism is None else mechanism.aggregator.init(message)
 
   def release(collected, state, weights, key):
-    messages, agreed = collected[0], weights > 0
+    wide, agreed = sums.widen(collected[0]), weights > 0
+    messages = wide.tree
     keys = [jax.random.fold_in(key, purpose) for purpose in range(4)]
     bound = bound_of(jax.tree.map(lambda x: x[0], messages))
 
@@ -102,6 +104,7 @@ def secure_aggregation(
     total = unmask(uploads, agreed, survived, keys[_MASK_KEY], bits)
     decoded = decode(total, bits, scale)
     decoded = jax.tree.map(lambda x, m: x.astype(m.dtype), decoded, messages)
+    decoded = dataclasses.replace(wide, tree=decoded)
     count = jnp.sum(survived)
     enough = count >= threshold
     metrics = {
@@ -109,11 +112,11 @@ def secure_aggregation(
       "privacy/aborted": (~enough).astype(jnp.int32),
     }
     if mechanism is None:
-      update = trees.scale(decoded, 1 / jnp.maximum(count, 1))
+      update = trees.scale(decoded, 1 / jnp.maximum(count, 1)).narrow()
       return Release(update, state, enough, metrics)
-    sums = {"sum": decoded, "clipped": jnp.sum(clipped & survived)}
+    total = {"sum": decoded, "clipped": jnp.sum(clipped & survived)}
     noised = mechanism.release(
-      sums, state, jnp.where(survived, weights, 0), keys[_NOISE_KEY]
+      total, state, jnp.where(survived, weights, 0), keys[_NOISE_KEY]
     )
     done, metrics = enough & noised.done, metrics | noised.metrics
     return noised._replace(done=done, metrics=metrics)
