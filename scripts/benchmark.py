@@ -29,7 +29,8 @@ from fedfm.scaling import measure, workloads
 import output_folder
 
 SUITES = ("cpu", "gpu")
-SWEEPS = ("clients", "lanes", "batch", "model", "mesh", "weak")
+SIZED = ("clients", "lanes", "batch", "model")
+SWEEPS = (*SIZED, "mesh", "weak")
 _SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to measure.")
 _WORKLOADS = flags.DEFINE_list("workloads", [], "Or these, by name.")
 _SWEEP = flags.DEFINE_enum("sweep", None, SWEEPS, "What to vary.")
@@ -81,12 +82,64 @@ def mesh_of(num_devices=None, **axes):
 
 
 def lanes():
-  value = _LANES.value
-  if value != "auto" and not (value.isascii() and value.isdecimal()):
+  return _LANES.value if _LANES.value == "auto" else int(_LANES.value)
+
+
+def check_flags():
+  """Refuses flags that are out of range, or that nothing would read."""
+  suite, sweep_name = _SUITE.value, _SWEEP.value
+  if bool(suite) == bool(_WORKLOADS.value):
+    raise errors.ConfigError("--suite: expected a suite, or --workloads")
+  if suite and sweep_name:
     raise errors.ConfigError(
-      f"--lanes: got {value!r}, expected auto or a number"
+      f"--sweep: got {sweep_name!r}, but --suite says what is measured; "
+      "expected --workloads"
     )
-  return value if value == "auto" else int(value)
+  for flag, least in (
+    (_CLIENTS, 1),
+    (_BATCH, 1),
+    (_STEPS, 1),
+    (_LENGTH, 2),
+    (_REPEATS, 1),
+    (_HOST_DEVICES, 1),
+  ):
+    if flag.value is not None and flag.value < least:
+      raise errors.ConfigError(
+        f"--{flag.name}: got {flag.value}, expected at least {least}"
+      )
+  if _LANES.value != "auto" and not is_count(_LANES.value):
+    raise errors.ConfigError(
+      f"--lanes: got {_LANES.value!r}, expected auto or a number of at least 1"
+    )
+  if _SIZES.value and sweep_name not in SIZED:
+    raise errors.ConfigError(
+      f"--sizes: got {','.join(_SIZES.value)!r}, expected none but with "
+      f"--sweep={'|'.join(SIZED)}"
+    )
+  for value in _SIZES.value:
+    if not is_count(value):
+      raise errors.ConfigError(
+        f"--sizes: got {value!r}, expected integers of at least 1"
+      )
+  for name in _WORKLOADS.value:
+    workloads.check_name(name)
+    if sweep_name == "model":
+      check_widths(workloads.workload(name).model.config)
+
+
+def is_count(text):
+  return text.isascii() and text.isdecimal() and int(text) > 0
+
+
+def check_widths(config):
+  if not hasattr(config, "width"):
+    raise errors.ConfigError("--sweep: 'model' needs a decoder workload")
+  for value in _SIZES.value:
+    if int(value) % (2 * config.num_heads):
+      raise errors.ConfigError(
+        f"--sizes: got {value}, expected widths that {config.num_heads} heads "
+        "of an even size divide"
+      )
 
 
 def run(label, work, mesh, lane_count=None):
@@ -191,8 +244,6 @@ def sweep(name, work_name):
       yield v, run(f"batch {v}", work, mesh_of())
   elif name == "model":
     config = make(work_name).model.config
-    if not hasattr(config, "width"):
-      raise errors.ConfigError("--sweep: 'model' needs a decoder workload")
     for v in values or (128, 256, 512):
       changed = dataclasses.replace(
         config,
@@ -254,10 +305,7 @@ def write(folder, rows):
 
 
 def main():
-  if not _SUITE.value and not _WORKLOADS.value:
-    raise errors.ConfigError("--suite: give a suite, or --workloads")
-  if _REPEATS.value < 1:
-    raise errors.ConfigError(f"--repeats: got {_REPEATS.value}, expected >= 1")
+  check_flags()
   cores = len(os.sched_getaffinity(0))
   jax.config.update("jax_num_cpu_devices", _HOST_DEVICES.value or cores)
   folder = output_folder.check("--output", _OUTPUT.value)

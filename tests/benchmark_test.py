@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from fedfm import errors, models, sharding
-from fedfm.scaling import measure, workloads
+from fedfm.scaling import chips, measure, workloads
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = models.DecoderConfig(
@@ -64,6 +64,24 @@ def test_a_row_agrees_with_itself():
   assert min(row["ratio_to_plain"], row["compile_seconds"]) > 0
 
 
+@pytest.mark.parametrize(
+  ("kind", "dtype", "teraflops"),
+  [
+    ("TPU v5 lite", "bfloat16", 197),
+    ("TPU v5", "bfloat16", 459),
+    ("TPU v5p", "bfloat16", 459),
+    ("TPU v6 lite", "bfloat16", 918),
+    ("TPU v6 lite", "float32", None),
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+    ("NVIDIA H200", "float32", 67),
+    ("cpu", "float32", None),
+  ],
+)
+def test_peaks_are_known_by_the_name_that_jax_gives(kind, dtype, teraflops):
+  got = chips.peak_flops(kind, dtype)
+  assert got == (None if teraflops is None else teraflops * 1e12)
+
+
 def test_an_unknown_workload_is_named():
   with pytest.raises(errors.ConfigError, match="--workloads: .*'lora_llama'"):
     workloads.workload("lora_lama")
@@ -94,6 +112,56 @@ def test_bad_flags_end_with_a_line(tmp_path):
   assert process.returncode == 2
   assert process.stderr.startswith("error: --workloads: got 'emnist'")
   assert process.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+BAD_FLAGS = {
+  "": "--suite: expected a suite, or --workloads",
+  "--suite=cpu --workloads=lora_llama": "--suite: expected a suite, or",
+  "--suite=cpu --sweep=clients": "--sweep: got 'clients', but --suite",
+  "--workloads=emnist_cnn,emnist": "--workloads: got 'emnist'",
+  "--suite=cpu --clients=0": "--clients: got 0, expected at least 1",
+  "--suite=cpu --batch=0": "--batch: got 0, expected at least 1",
+  "--suite=cpu --steps=-1": "--steps: got -1, expected at least 1",
+  "--suite=cpu --length=0": "--length: got 0, expected at least 2",
+  "--suite=cpu --repeats=0": "--repeats: got 0, expected at least 1",
+  "--suite=cpu --host_devices=0": "--host_devices: got 0, expected at least",
+  "--suite=cpu --lanes=0": "--lanes: got '0', expected auto or",
+  "--suite=cpu --lanes=x": "--lanes: got 'x', expected auto or",
+  "--suite=cpu --sizes=3": "--sizes: got '3', expected none",
+  "--workloads=lora_llama --sweep=mesh --sizes=3": "--sizes: got '3', expected",
+  "--workloads=lora_llama --sweep=clients --sizes=2,x": "--sizes: got 'x', exp",
+  "--workloads=lora_llama --sweep=model --sizes=9": "--sizes: got 9, expected",
+  "--workloads=emnist_cnn --sweep=model": "--sweep: 'model' needs a decoder",
+}
+# One process, as starting one takes seconds.
+RUN_ALL = """
+import sys
+from absl import flags
+import benchmark, command_line
+for line in sys.argv[1:]:
+  flags.FLAGS.unparse_flags()
+  sys.argv = ["benchmark.py", *line.split()]
+  try:
+    command_line.run(benchmark.main)
+  except SystemExit as e:
+    print(e.code)
+"""
+
+
+def test_flags_are_checked_before_anything_runs(tmp_path):
+  process = subprocess.run(
+    [sys.executable, "-c", RUN_ALL, *BAD_FLAGS],
+    env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  lines = process.stderr.splitlines()
+  assert process.stdout.split() == ["2"] * len(BAD_FLAGS), process.stderr
+  for line, expected in zip(lines, BAD_FLAGS.values(), strict=True):
+    assert line.startswith(f"error: {expected}")
+  assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

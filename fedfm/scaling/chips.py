@@ -1,11 +1,12 @@
-"""Published figures of the chips that programs are compiled for.
+"""Published figures of chips: those that programs are compiled for, and GPUs.
 
 Sources: Google Cloud's pages on each TPU, docs.cloud.google.com/tpu/docs/v5e,
 /v5p and /v6e, read 2026-11: peak bf16 FLOP/s, HBM capacity and bandwidth, and
 the network's bandwidth per pod or chip. The speed of an ICI link, one way, is
 the one that jax-ml.github.io/scaling-book/tpus measures, a tenth under the
 published 400, 1200 and 800 GB/s a chip (both ways, all links). Usable HBM is
-what libtpu itself reports when a program does not fit.
+what libtpu itself reports when a program does not fit. Of GPUs: NVIDIA's data
+sheets of the A100, H100 and H200 (SXM), without sparsity.
 """
 
 from collections.abc import Sequence
@@ -97,3 +98,44 @@ CHIPS = {
     largest="16x16",
   ),
 }
+
+# How jax names a device, where a program runs on it: `Device.device_kind`.
+_DEVICE_KINDS = {
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+}
+# Dense peaks in FLOP/s by dtype, by what the names of GPUs contain.
+_GPU_FLOPS = {
+  "A100": {"bfloat16": 312e12, "float32": 19.5e12},
+  "H100": {"bfloat16": 989e12, "float32": 67e12},
+  "H200": {"bfloat16": 989e12, "float32": 67e12},
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Published peak FLOP/s of a device.
+
+  Args:
+    device_kind: As jax reports it.
+    dtype: Compute dtype.
+
+  Returns:
+    The dense peak; None where none is published, or the device is not known.
+
+  Examples:
+    >>> peak_flops("TPU v5 lite", "bfloat16") == CHIPS["v5e"].flops
+    True
+    >>> peak_flops("NVIDIA H100 80GB HBM3", "float32")
+    67000000000000.0
+  """
+  if device_kind in _DEVICE_KINDS:
+    chip = CHIPS[_DEVICE_KINDS[device_kind]]
+    return chip.flops if dtype == "bfloat16" else None
+  for name, peaks in _GPU_FLOPS.items():
+    if name in device_kind:
+      return peaks.get(dtype)
+  return None

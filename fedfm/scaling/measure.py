@@ -17,18 +17,10 @@ import optax
 
 from fedfm import algorithms, clients, data, prefetch, sharding, types
 from fedfm.data import packing
+from fedfm.scaling import chips
 from fedfm.scaling.workloads import Workload
 
 PyTree = Any
-# Dense peaks in FLOP/s by dtype, of the makers' data sheets.
-PEAK_FLOPS = {
-  "H100": {"bfloat16": 989e12, "float32": 67e12},
-  "H200": {"bfloat16": 989e12, "float32": 67e12},
-  "A100": {"bfloat16": 312e12, "float32": 19.5e12},
-  "TPU v5 lite": {"bfloat16": 197e12},
-  "TPU v5p": {"bfloat16": 459e12},
-  "TPU v6 lite": {"bfloat16": 918e12},
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,11 +279,8 @@ def measure(
 
 def device_peak(mesh: Mesh, dtype: str) -> float | None:
   """Published peak FLOP/s of a mesh's devices together, if known."""
-  kind = mesh.devices.flat[0].device_kind
-  for name, peaks in PEAK_FLOPS.items():
-    if name in kind and dtype in peaks:
-      return peaks[dtype] * mesh.size
-  return None
+  peak = chips.peak_flops(mesh.devices.flat[0].device_kind, dtype)
+  return None if peak is None else peak * mesh.size
 
 
 def memory(compiled: Any, mesh: Mesh) -> dict[str, int | None]:

@@ -284,6 +284,14 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
 }
 
 
+def check_name(name: str) -> None:
+  """Raises ConfigError for a name that is none of `WORKLOADS`."""
+  if name not in WORKLOADS:
+    raise errors.ConfigError(
+      f"--workloads: got {name!r}{errors.nearest(name, WORKLOADS)}"
+    )
+
+
 def workload(name: str, **changes: Any) -> Workload:
   """Builds a workload by name.
 
@@ -298,8 +306,5 @@ def workload(name: str, **changes: Any) -> Workload:
   Raises:
     ConfigError: Unknown name.
   """
-  if name not in WORKLOADS:
-    raise errors.ConfigError(
-      f"--workloads: got {name!r}{errors.nearest(name, WORKLOADS)}"
-    )
+  check_name(name)
   return WORKLOADS[name](**changes)
