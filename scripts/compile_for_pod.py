@@ -1,4 +1,4 @@
-r"""Compiles a config's round for TPU topologies on a machine that has none.
+r"""Compiles a language model's round for TPU topologies, on a machine without.
 
   python scripts/compile_for_pod.py --config=configs/llama3_8b_lora.py \
     --topology=v5e:16x16
@@ -26,7 +26,9 @@ _CONFIG = flags.DEFINE_string("config", None, "Config file.", required=True)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Such as v5e:16x16, or 4*v5e:16x16 for four slices."
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of the topology.")
+_SLICES = flags.DEFINE_integer(
+  "slices", None, "Slices of the topology, where its name does not say it."
+)
 _TOPOLOGIES = flags.DEFINE_list(
   "topologies", None, "Several topologies, for a scaling table."
 )

@@ -166,6 +166,10 @@ def test_algorithms_say_how_clients_lie(on_cpu, tmp_path):
     ({"client": {"local_steps": 0}}, ["client.local_steps: got 0"]),
     ({"data": {"sequence_length": 999}}, ["data.sequence_length", "256"]),
     ({"model": {"path": "nowhere"}}, ["nowhere"]),
+    (
+      {"data": {"task": "classification"}},
+      ["data.task: got 'classification'", "'language_model'"],
+    ),
   ],
 )
 def test_mistakes_are_named_before_anything_is_compiled(

@@ -145,6 +145,16 @@ def test_bad_topologies_are_named(name, words):
     assert word in str(raised.value)
 
 
+def test_slices_are_said_once():
+  assert topology.parse("v5e:2x2", 2) == topology.parse("2*v5e:2x2")
+  with pytest.raises(
+    errors.ConfigError, match=r"slices: got 2, .*'4\*v5e:2x2'"
+  ):
+    topology.parse("4*v5e:2x2", 2)
+  with pytest.raises(errors.ConfigError, match="slices: got 0"):
+    topology.parse("v5e:2x2", 0)
+
+
 # What libtpu prints, shortened.
 TOO_LARGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded hbm capacity by 4.50G.
 

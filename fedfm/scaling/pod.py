@@ -100,10 +100,17 @@ def build(settings: Settings, topology: Topology) -> PodRound:
     A `PodRound`; nothing is compiled yet.
 
   Raises:
-    ConfigError: A mesh that does not match the topology, lanes or rows that
-      do not divide, or clients whose number of steps is not said.
+    ConfigError: A task that is not 'language_model', whose batches and FLOPs
+      are the ones that are known here; a mesh that does not match the topology,
+      lanes or rows that do not divide, or clients whose number of steps is not
+      said.
     CheckpointError: The model's config.json.
   """
+  if settings.data.task != "language_model":
+    raise errors.ConfigError(
+      f"data.task: got {settings.data.task!r}, but only rounds of "
+      "'language_model' can be compiled without their data"
+    )
   devices = topology_lib.devices(topology)
   try:
     mesh = sharding.make_mesh(dataclasses.asdict(settings.mesh), devices)

@@ -35,19 +35,19 @@ class Topology(NamedTuple):
     return name if self.slices == 1 else f"{self.slices}*{name}"
 
 
-def parse(name: str, slices: int = 1) -> Topology:
+def parse(name: str, slices: int | None = None) -> Topology:
   """Reads a topology's name.
 
   Args:
     name: Such as "v5e:16x16", or "4*v5e:16x16" for four slices.
-    slices: Slices, where the name does not say it.
+    slices: Slices, where the name does not say it; default 1.
 
   Returns:
     The `Topology`.
 
   Raises:
-    ConfigError: A name of another form, an unknown chip, or sizes that do not
-      go with it.
+    ConfigError: A name of another form, an unknown chip, sizes that do not
+      go with it, or slices said twice.
 
   Examples:
     >>> parse("4*v5e:16x16").sizes, str(parse("v5p:4x4x8", slices=2))
@@ -73,7 +73,12 @@ def parse(name: str, slices: int = 1) -> Topology:
       f"topology: got {name!r}, expected {chip.torus} sizes up to "
       f"{chip.name}:{chip.largest}"
     )
-  count = int(found[1] or slices)
+  if found[1] and slices is not None:
+    raise errors.ConfigError(
+      f"slices: got {slices}, but topology {name!r} says it; expected one of "
+      "them"
+    )
+  count = int(found[1]) if found[1] else 1 if slices is None else slices
   if count < 1:
     raise errors.ConfigError(f"slices: got {count}, expected at least 1")
   return Topology(chip, sizes, count)
