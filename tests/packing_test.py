@@ -250,6 +250,23 @@ def test_auto_lanes():
     assert lanes > devices
 
 
+def test_the_lanes_that_were_chosen_are_logged(caplog):
+  caplog.set_level("INFO", logger="fedfm")
+  source = numbered([3, 1])
+  data.pack(source, source.ids, batch_size=1, lanes=2)
+  assert not caplog.messages
+  cohort = data.pack(source, source.ids, batch_size=1)
+  (line,) = caplog.messages
+  assert line == f"lanes='auto' chose {cohort.num_lanes} for 2 clients"
+
+
+@pytest.mark.parametrize("rate", ["a", None, -1, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_named(rate):
+  source = numbered([3, 1])
+  with pytest.raises(errors.ConfigError, match=f"rates: got {rate!r}, expect"):
+    data.pack(source, source.ids, batch_size=1, rates=[1.0, rate])
+
+
 @pytest.mark.parametrize(
   ("platform", "lanes", "why"),
   [

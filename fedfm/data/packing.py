@@ -152,9 +152,10 @@ def pack(
       _check_integer("local_steps", cap, 1, otherwise=", or None")
   rates = _one_a_client("rates", 1.0 if rates is None else rates, ids)
   for rate in rates:
-    if not 0 <= rate < float("inf"):
+    is_number = isinstance(rate, int | float | np.number)
+    if not is_number or not 0 <= rate < float("inf"):
       raise errors.ConfigError(
-        f"rates: got {rate}, expected finite numbers of at least 0"
+        f"rates: got {rate!r}, expected finite numbers of at least 0"
       )
   if max_examples is not None:
     _check_integer("max_examples", max_examples, 1, otherwise=", or None")
@@ -179,7 +180,8 @@ def pack(
       jax.default_backend() == "cpu",
       len(source) if aligned else None,
     )
-    logging.getLogger(__name__).debug(
+    # Runs give a number, and say it themselves.
+    logging.getLogger(__name__).info(
       "lanes='auto' chose %d for %d clients", lanes, len(ids)
     )
     _check_lanes(lanes, process_count)
