@@ -16,6 +16,7 @@ from fedfm import (
   protection,
 )
 from fedfm import settings as settings_lib
+from fedfm.algorithms import checks
 from fedfm.clients.transforms import MessageTransform
 from fedfm.settings import Settings, expect_default
 from fedfm.types import Aggregator, FederatedAlgorithm, LossFn, ServerState
@@ -74,7 +75,6 @@ AGGREGATORS = {
 _FIELDS = {
   "client_optimizer": "client.optimizer",
   "inner_steps": "client.local_steps",
-  "downlink": "communication.down",
   "weighting": "client.weighting",
 }
 COMPRESSORS = {
@@ -121,13 +121,19 @@ def algorithm(
   factory = getattr(algorithms, name)
   takes = inspect.signature(factory).parameters
   takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-  if "aggregator" not in takes and not takes_all:
+
+  def reads(argument):
+    if argument in takes:
+      return takes[argument].annotation is not checks.Absent
+    return takes_all
+
+  if not reads("aggregator"):
     expect_default(settings, "aggregator", f"algorithm {name!r}")
-  if "server_optimizer" not in takes and not takes_all:
+  if not reads("server_optimizer"):
     for field in dataclasses.fields(settings.server):
       expect_default(settings, f"server.{field.name}", f"algorithm {name!r}")
   for direction, argument in (("up", "transforms"), ("down", "downlink")):
-    if argument not in takes and not takes_all:
+    if not reads(argument):
       expect_default(
         settings, f"communication.{direction}", f"algorithm {name!r}"
       )
@@ -150,8 +156,7 @@ def algorithm(
     arguments["transforms"] = (compression.uplink(up),)
   if down := compressor(settings, "down"):
     arguments["downlink"] = down
-  if not takes_all:
-    arguments = {k: v for k, v in arguments.items() if k in takes}
+  arguments = {k: v for k, v in arguments.items() if reads(k)}
   if "adapter" in takes:
     arguments["adapter"] = adapter
   if "client_learning_rate" in takes:

@@ -149,11 +149,23 @@ FIELDS = [
       "algorithm_options": {"num_fragments": 1},
       "communication": {"down": "int8"},
     },
-    r"^communication.down: got a compressor",
+    r"^communication.down: got 'int8', but algorithm 'streaming_diloco' exp",
   ),
   (
     {"algorithm": "fedkseed", "client": {"optimizer": "adam"}},
     r"^client.optimizer: got 'adam', but algorithm 'fedkseed' expects 'sgd'",
+  ),
+  (
+    {"algorithm": "zero_padding", "communication": {"up": "int8"}},
+    r"^communication.up: got 'int8', but algorithm 'zero_padding' expects",
+  ),
+  (
+    {"algorithm": "afl", "communication": {"down": "int8"}},
+    r"^communication.down: got 'int8', but algorithm 'afl' expects 'none'",
+  ),
+  (
+    {"algorithm": "fedsvd", "server": {"optimizer": "adam"}},
+    r"^server.optimizer: got 'adam', but algorithm 'fedsvd' expects 'sgd'",
   ),
   (
     {"algorithm": "fedkseed", "client": {"schedule": "cosine"}},

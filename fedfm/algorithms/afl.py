@@ -10,7 +10,7 @@ F_S is F_i for the clients of the cohort and 0 for others; N/|S| keeps it an
 unbiased estimate. With one local step and all clients it is the paper's.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from fedfm import errors, trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.algorithms.qfedavg import with_sent_loss
 from fedfm.clients import engine, local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.types import Aggregator, FederatedAlgorithm, LossFn
 
 
@@ -50,10 +49,10 @@ def afl(
   mixture_learning_rate: float = 0.01,
   server_optimizer: optax.GradientTransformation | None = None,
   aggregator: Aggregator | None = None,
-  transforms: Sequence[MessageTransform] = (),
+  downlink: checks.Absent = None,
   weighting: str = "uniform",
-  seed: int = 0,
   num_clients: int | None = None,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Minimises the loss of the worst mixture of clients.
 
@@ -63,10 +62,10 @@ def afl(
     mixture_learning_rate: Of the steps of lambda, at least 0.
     server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
     aggregator: Of what clients send, lambda_i already in it; default the mean.
-    transforms: Of the messages, as in `algorithm.federated`.
-    weighting: Not read: the mixture is the weight.
-    seed: Seed in [0, 2**32).
+    downlink: None: each client is sent a number of its own.
+    weighting: "uniform" only: the mixture is the weight.
     num_clients: Size of the population, N.
+    **options: `seed`, `transforms` and others of `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm` whose `extra` is lambda, [N], by rows of the
@@ -74,13 +73,16 @@ def afl(
     by one: this does not go with secure aggregation.
 
   Raises:
-    ConfigError: A rate below 0, or no `num_clients`.
+    ConfigError: A rate below 0, another weighting, or no `num_clients`.
   """
   if weighting != "uniform":
     raise errors.ConfigError(
       f"weighting: got {weighting!r}, but clients of AFL weigh by its mixture: "
       "expected 'uniform'"
     )
+  checks.check_absent(
+    "AFL sends each client its own share of the mixture", downlink=downlink
+  )
   checks.check_number("mixture_learning_rate", mixture_learning_rate)
   population = checks.check_num_clients(num_clients)
   client = with_sent_loss(
@@ -112,10 +114,8 @@ def afl(
   def metrics(state, new_state, mean, result, cohort):
     return round_metrics.drift(result, trees.norm(mean["delta"]))
 
-  def bytes_per_client(state):  # Of the mixture, its own share.
-    model = trees.num_bytes(state.trainable)
-    number = state.extra.dtype.itemsize
-    return model + 2 * number, model + number
+  def beside(state):  # Up the loss; down, of the mixture, its own share.
+    return (state.extra.dtype.itemsize,) * 2
 
   return algorithm.federated(
     client._replace(start=start, finish=finish),
@@ -130,11 +130,11 @@ def afl(
       combine=combine,
       direction=lambda message: message["delta"],
       metrics=metrics,
+      wire=lambda state, sent, message: (sent["trainable"], message),
+      beside=beside,
     ),
     server_optimizer=server_optimizer,
     aggregator=aggregator,
-    transforms=transforms,
-    seed=seed,
     num_clients=population,
-    bytes_per_client=bytes_per_client,
+    **options,
   )

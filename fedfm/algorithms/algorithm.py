@@ -48,9 +48,10 @@ class Server(NamedTuple):
     after: `after(trainable, extra) -> (trainable, extra)`, the last word, after
       the server optimizer.
     effective_base: As in `FederatedAlgorithm`.
-    client_base: `client_base(state, base) -> tree`, what the clients' steps get
-      as their base: one for all lanes, where a carry is copied to each; default
-      `effective_base`.
+    client_base: `client_base(state, base, heard) -> tree`, what the clients'
+      steps get as their base: one for all lanes, where a carry is copied to
+      each; default `effective_base`. `heard` is the broadcast, as it came
+      through a compressed way down.
     metrics: `metrics(state, new_state, aggregate, result, cohort) -> dict` of
       scalars, beside or instead of those of `round_metrics.py`.
     direction: `direction(message) -> tree`, the part of a client's message that
@@ -58,6 +59,8 @@ class Server(NamedTuple):
       does more than take its mean, `metrics` reports the drift.
     wire: `wire(state, sent, message) -> (sent, message)`, the shapes of what
       really travels in the round of `state`, where that is less.
+    beside: `beside(state) -> (up, down)`, bytes that travel in the round of
+      `state` beside that, uncompressed.
   """
 
   init: Callable[[PyTree], PyTree] = lambda trainable: ()
@@ -78,6 +81,7 @@ class Server(NamedTuple):
     sent,
     message,
   )
+  beside: Callable[[ServerState], tuple[int, int]] = lambda state: (0, 0)
 
 
 def federated(
@@ -116,9 +120,9 @@ def federated(
       no error feedback of its own.
     mechanism: Aggregates in a private way, in place of the aggregator; all that
       the server makes of the messages is made of what this releases.
-    **fields: `bytes_per_client` (before compression), `effective_trainable`,
-      `personal`, `local_steps` and `aligned` of `FederatedAlgorithm`, where
-      they differ from FedAvg's.
+    **fields: `bytes_per_client` (of algorithms that no compression goes with),
+      `effective_trainable`, `personal`, `local_steps` and `aligned` of
+      `FederatedAlgorithm`, where they differ from FedAvg's.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -193,7 +197,9 @@ def federated(
       state, clients=clients, aggregator=aggregator.init(_zeros(message))
     )
 
-  client_base = server.client_base or server.effective_base
+  client_base = server.client_base or (
+    lambda state, base, heard: server.effective_base(state, base)
+  )
 
   def round_fn(state, base, cohort, server_batch=None):
     key = jax.random.key(state.seed)
@@ -210,7 +216,7 @@ def federated(
       aggregator,
       state.aggregator,
       heard,
-      client_base(state, base),
+      client_base(state, base, heard),
       cohort,
       store.gather(state.clients, cohort),
       key,
@@ -276,18 +282,15 @@ def federated(
 
   def bytes_per_client(state):
     sent, message = server.wire(state, *sent_and_message(state))
-    return trees.num_bytes(message), trees.num_bytes(sent)
-
-  def compressed_bytes_per_client(state):
-    sent, message = server.wire(state, *sent_and_message(state))
-    up, down = algorithm.bytes_per_client(state)
+    up, down = trees.num_bytes(message), trees.num_bytes(sent)
     for transform in transforms:
       up = transform.num_bytes(message) if transform.num_bytes else up
     if mechanism is not None and mechanism.num_bytes:
       up = mechanism.num_bytes(message)
     if downlink is not None and downlink.num_bytes:
       down = downlink.num_bytes(sent)
-    return up, down
+    more_up, more_down = server.beside(state)
+    return up + more_up, down + more_down
 
   has_state = client_state is not None or bool(transforms)
   algorithm = FederatedAlgorithm(
@@ -304,8 +307,6 @@ def federated(
         own_state(state), own_part(client)
       )
     )
-  if transforms or downlink is not None or mechanism is not None:
-    return algorithm._replace(bytes_per_client=compressed_bytes_per_client)
   return algorithm
 
 

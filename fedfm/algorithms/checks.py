@@ -1,10 +1,15 @@
 """Checks of what algorithms are given, each in one line."""
 
 import math
+from typing import Annotated, Any
 
 from fedfm import errors
 from fedfm.privacy import Mechanism
 from fedfm.types import Aggregator
+
+# Annotates what an algorithm has no place for, and refuses by `check_absent`;
+# of its field in a config only the default is taken.
+Absent = Annotated[Any, "None or ()"]
 
 
 def check_seed(seed: int) -> int:
@@ -103,3 +108,26 @@ def check_mechanism(
       "takes the mean of the clients' deltas"
     )
   return mechanism.aggregator
+
+
+def check_absent(why: str, **given: Any) -> None:
+  """Refuses what an algorithm has no place for.
+
+  Args:
+    why: The reason, for the message.
+    **given: Arguments by name; None and () are nothing.
+
+  Raises:
+    ConfigError: One is given.
+
+  Examples:
+    >>> check_absent("it has no server", server_optimizer=None, transforms=())
+  """
+  for name, value in given.items():
+    if value is None or (isinstance(value, tuple | list) and not value):
+      continue
+    got = repr(value) if isinstance(value, str | int | float) else "one"
+    nothing = "()" if name == "transforms" else "None"
+    raise errors.ConfigError(
+      f"{name}: got {got}, but {why}: expected {nothing}"
+    )

@@ -11,17 +11,16 @@ Arrival is simulated: tau_i is a pure function of (seed, round, client), by
 default a half-normal duration, which the paper found in production.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fedfm import trees
 from fedfm.algorithms import algorithm, checks
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
-from fedfm.types import Aggregator, ClientInfo, FederatedAlgorithm, LossFn
+from fedfm.types import ClientInfo, FederatedAlgorithm, LossFn
 
 _DELAY_KEY = 0x80000000  # Folded into a client's key, apart from its steps'.
 
@@ -52,12 +51,9 @@ def fedbuff(
   mean_delay: float = 2.0,
   max_delay: int = 8,
   delay: Callable[[ClientInfo], jax.Array] | None = None,
-  server_optimizer: optax.GradientTransformation | None = None,
-  aggregator: Aggregator | None = None,
-  transforms: Sequence[MessageTransform] = (),
+  downlink: checks.Absent = None,
   weighting: str = "uniform",
-  seed: int = 0,
-  num_clients: int | None = None,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Averages the deltas of clients that started from models of the past.
 
@@ -68,12 +64,10 @@ def fedbuff(
       clients at work over the size of the buffer.
     max_delay: Longest delay; as many past models are remembered.
     delay: `delay(info) -> int`, another delay model; `mean_delay` is not read.
-    server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
-    aggregator: Default the weighted mean.
-    transforms: Of the messages, as in `algorithm.federated`.
+    downlink: None: clients start from models of different rounds.
     weighting: "examples", "tokens" or "uniform", the paper's.
-    seed: Seed in [0, 2**32).
-    num_clients: Size of the population; read where `transforms` keep a state.
+    **options: `server_optimizer`, `aggregator`, `seed`, `transforms` and others
+      of `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm` whose `extra` is the past models, newest first.
@@ -81,6 +75,11 @@ def fedbuff(
   Raises:
     ConfigError: A delay below 0.
   """
+  checks.check_absent(
+    "FedBuff's clients start from models of different rounds, not from one "
+    "that all heard",
+    downlink=downlink,
+  )
   checks.check_number("mean_delay", mean_delay)
   checks.check_number("max_delay", max_delay)
   delay = delay or half_normal_delay(mean_delay)
@@ -125,16 +124,14 @@ def fedbuff(
     )
     return mean, {"past": past, "steps": state.extra["steps"] + 1}
 
-  def bytes_per_client(state):  # One model each way, of whatever age.
-    return (trees.num_bytes(state.trainable),) * 2
-
   return algorithm.federated(
     client._replace(start=start, finish=finish),
-    server=algorithm.Server(init=init, broadcast=broadcast, combine=combine),
-    server_optimizer=server_optimizer,
-    aggregator=aggregator,
-    transforms=transforms,
-    seed=seed,
-    num_clients=num_clients,
-    bytes_per_client=bytes_per_client,
+    server=algorithm.Server(
+      init=init,
+      broadcast=broadcast,
+      combine=combine,
+      # One model, of whatever age.
+      wire=lambda state, sent, message: (state.trainable, message),
+    ),
+    **options,
   )

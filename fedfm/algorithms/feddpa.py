@@ -8,17 +8,17 @@ one as it was sent, with a fixed: in every round, beside the global one
 hand see `dual_adapter.instance_weights`.
 """
 
-from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fedfm import errors, trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, lora_metrics, low_rank
+from fedfm.algorithms import algorithm, checks, lora_metrics, low_rank
 from fedfm.algorithms.dual_adapter import mixed
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.types import (
   Aggregator,
   ClientUpdate,
@@ -79,10 +79,9 @@ def feddpa_t(
   server_optimizer: optax.GradientTransformation | None = None,
   aggregator: Aggregator | None = None,
   weighting: str = "examples",
-  seed: int = 0,
-  transforms: Sequence[MessageTransform] = (),
   local_weight: float = 0.5,
   report_error: bool = True,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Trains the global and the local adapter in every round.
 
@@ -97,10 +96,10 @@ def feddpa_t(
     server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
     aggregator: Default the weighted mean.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
-    transforms: What is done to the clients' messages, such as compression.
     local_weight: a, in training and in `personal`.
     report_error: As in `fedit`, of the global adapter.
+    **options: `seed`, `transforms`, `downlink` and others of
+      `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`, whose `personal` models are a client's own.
@@ -128,7 +127,7 @@ def feddpa_t(
     return delta, weight, second.trainable, metrics
 
   server = algorithm.Server(
-    client_base=lambda state, base: (base, state.trainable)
+    client_base=lambda state, base, heard: (base, heard)
   )
   if report_error:
     aggregator, server = lora_metrics.reported(
@@ -138,13 +137,45 @@ def feddpa_t(
     ClientUpdate(start, step, finish),
     aggregator=aggregator,
     server_optimizer=server_optimizer,
-    seed=seed,
     server=server,
     client_state=_pairs,
     num_clients=num_clients,
-    transforms=transforms,
     personal=_personal(local_weight),
+    **options,
   )
+
+
+class PhaseState(NamedTuple):
+  """A server optimizer's state, and how many rounds brought something."""
+
+  inner: PyTree
+  rounds: jax.Array  # shape=(), dtype=int32
+
+
+def first_rounds(
+  optimizer: optax.GradientTransformation, rounds: int
+) -> optax.GradientTransformation:
+  """Steps in the first rounds alone: momentum moves nothing later.
+
+  Args:
+    optimizer: Any optax transformation.
+    rounds: How many.
+
+  Returns:
+    An optax transformation.
+  """
+
+  def init(params):
+    return PhaseState(optimizer.init(params), jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    stepped = optimizer.update(updates, state.inner, params)
+    updates, inner = trees.select(
+      state.rounds < rounds, stepped, (trees.zeros_like(updates), state.inner)
+    )
+    return updates, PhaseState(inner, state.rounds + 1)
+
+  return optax.GradientTransformation(init, update)
 
 
 def feddpa_f(
@@ -154,6 +185,10 @@ def feddpa_f(
   adapter: Adapter,
   num_clients: int,
   global_rounds: int,
+  server_optimizer: optax.GradientTransformation | None = None,
+  aggregator: Aggregator | None = None,
+  transforms: checks.Absent = (),
+  downlink: checks.Absent = None,
   weighting: str = "examples",
   seed: int = 0,
   local_weight: float = 0.5,
@@ -166,8 +201,12 @@ def feddpa_f(
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA.
     num_clients: Size of the population, whose local adapters are kept.
-    global_rounds: Rounds of the global adapter; all later ones are of the local
-      adapters, and send nothing.
+    global_rounds: Rounds of the global adapter, of those that brought
+      something; all later ones are of the local adapters, and send nothing.
+    server_optimizer: Of the global adapter; default `optax.sgd(1.0)`.
+    aggregator: Default the weighted mean.
+    transforms: (), and no `downlink`: what compression still owes after the
+      last round of the global adapter would never be sent.
     weighting: "examples", "tokens" or "uniform".
     seed: Seed in [0, 2**32).
     local_weight: a, in training and in `personal`.
@@ -179,6 +218,12 @@ def feddpa_f(
   Raises:
     ConfigError: Another adapter than LoRA, or an option out of range.
   """
+  checks.check_absent(
+    "FedDPA-F sends nothing after its global rounds, not what compression "
+    "still owes",
+    transforms=transforms,
+    downlink=downlink,
+  )
   low_rank.scale_of(adapter, "feddpa_f")
   _check_weight(local_weight)
   if global_rounds < 1:
@@ -214,13 +259,12 @@ def feddpa_f(
     return delta, weight, second.trainable, metrics
 
   server = algorithm.Server(
-    client_base=lambda state, base: (
+    client_base=lambda state, base, heard: (
       base,
-      state.trainable,
-      state.round < global_rounds,
+      heard,
+      state.server_optimizer.rounds < global_rounds,
     )
   )
-  aggregator = None
   if report_error:
     aggregator, server = lora_metrics.reported(
       aggregator, server, lambda state, delta: delta
@@ -229,12 +273,15 @@ def feddpa_f(
   def bytes_per_client(state):
     """Up the global adapter while it trains; down it once more after that."""
     num_bytes = trees.num_bytes(state.trainable)
-    done = algorithm.number(state.round, 0) - global_rounds
+    done = algorithm.number(state.server_optimizer.rounds, 0) - global_rounds
     return num_bytes if done < 0 else 0, num_bytes if done <= 0 else 0
 
   return algorithm.federated(
     ClientUpdate(start, step, finish),
     aggregator=aggregator,
+    server_optimizer=first_rounds(
+      server_optimizer or optax.sgd(1.0), global_rounds
+    ),
     seed=seed,
     server=server,
     client_state=_pairs,

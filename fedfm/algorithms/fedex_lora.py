@@ -7,15 +7,20 @@ Exact; clients go on from A and B. (With A drawn anew and B = 0 instead it would
 be FLoRA.)
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from fedfm import aggregators, trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, base_change, lora_metrics, low_rank
+from fedfm.algorithms import (
+  algorithm,
+  base_change,
+  checks,
+  lora_metrics,
+  low_rank,
+)
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.types import FederatedAlgorithm, LossFn
 
 
@@ -24,12 +29,12 @@ def fedex_lora(
   *,
   client_optimizer: local.ClientOptimizer,
   adapter: Adapter,
+  server_optimizer: checks.Absent = None,
+  aggregator: checks.Absent = None,
   weighting: str = "examples",
-  seed: int = 0,
-  num_clients: int | None = None,
-  transforms: Sequence[MessageTransform] = (),
   residual: str = "dense",
   residual_rank: int = 0,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Averages the factors and adds what that misses to the base.
 
@@ -37,13 +42,14 @@ def fedex_lora(
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA.
+    server_optimizer: None: the factors are to be the mean.
+    aggregator: None, for the same reason.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
-    num_clients: Size of the population, for transforms with a state.
-    transforms: What is done to the clients' messages, such as compression.
     residual: "dense", a matrix a kernel, exact; or "low_rank", pairs beside
       kernels that may be quantised, cut to `residual_rank` every round.
     residual_rank: Their rank.
+    **options: `seed`, `num_clients`, `transforms`, `downlink` and others of
+      `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -51,6 +57,11 @@ def fedex_lora(
   Raises:
     ConfigError: Another adapter than LoRA, or an option out of range.
   """
+  checks.check_absent(
+    "FedEx-LoRA's residual is what the weighted mean of the factors misses",
+    server_optimizer=server_optimizer,
+    aggregator=aggregator,
+  )
   scale = low_rank.scale_of(adapter, "fedex_lora")
   change = base_change.base_change(residual, residual_rank)
 
@@ -84,22 +95,17 @@ def fedex_lora(
       "update/norm": lora_metrics.update_norm(scale, state, new_state, added),
     }
 
-  def bytes_per_client(state):
-    """Up the factors; down them and the factors of the last residual."""
+  def beside(state):
+    """Down, beside the factors, those of the last residual."""
     pairs = trees.num_bytes(low_rank.pairs_of(state.trainable))
-    adapter_bytes = trees.num_bytes(state.trainable)
     rank = algorithm.number(state.extra["stacked_rank"], 0)
     if residual == "low_rank":
       rank = min(rank, residual_rank)
-    down = adapter_bytes + round(pairs * rank / adapter.config["rank"])
-    return adapter_bytes, down
+    return 0, round(pairs * rank / adapter.config["rank"])
 
   return algorithm.federated(
     local.local_update(loss, client_optimizer, weighting=weighting),
     aggregator=aggregators.keep(),
-    seed=seed,
-    num_clients=num_clients,
-    transforms=transforms,
     server=algorithm.Server(
       init=lambda trainable: {
         "change": change.init(trainable),
@@ -110,6 +116,7 @@ def fedex_lora(
       effective_base=lambda state, base: change.apply(
         base, state.extra["change"]
       ),
+      beside=beside,
     ),
-    bytes_per_client=bytes_per_client,
+    **options,
   )

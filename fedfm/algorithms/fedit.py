@@ -7,14 +7,11 @@ sum_i p_i (A_i - A)(B_i - B), a covariance: none where all A_i or all B_i are
 equal, second order in how far the clients drift apart.
 """
 
-from collections.abc import Sequence
-
-import optax
+from typing import Any
 
 from fedfm.adapters import Adapter
 from fedfm.algorithms import algorithm, lora_metrics, low_rank
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.privacy import Mechanism
 from fedfm.types import Aggregator, FederatedAlgorithm, LossFn
 
@@ -24,14 +21,11 @@ def fedit(
   *,
   client_optimizer: local.ClientOptimizer,
   adapter: Adapter,
-  server_optimizer: optax.GradientTransformation | None = None,
   aggregator: Aggregator | None = None,
   weighting: str = "examples",
-  seed: int = 0,
-  num_clients: int | None = None,
-  transforms: Sequence[MessageTransform] = (),
   mechanism: Mechanism | None = None,
   report_error: bool = True,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Averages the factors A and B of the clients apart.
 
@@ -39,15 +33,13 @@ def fedit(
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA.
-    server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
     aggregator: Default the weighted mean.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
-    num_clients: Size of the population, for transforms with a state.
-    transforms: What is done to the clients' messages, such as compression.
     mechanism: As in `algorithm.federated`.
     report_error: Report `lora/aggregation_error`; the server then holds every
       client's factors at once rather than their sum, so not with a mechanism.
+    **options: `server_optimizer`, `seed`, `transforms`, `downlink` and others
+      of `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -64,10 +56,7 @@ def fedit(
   return algorithm.federated(
     local.local_update(loss, client_optimizer, weighting=weighting),
     aggregator=aggregator,
-    server_optimizer=server_optimizer,
-    seed=seed,
-    num_clients=num_clients,
-    transforms=transforms,
     mechanism=mechanism,
     server=server,
+    **options,
   )

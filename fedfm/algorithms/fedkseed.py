@@ -13,23 +13,15 @@ constant rate, so no other is taken; a client's own multiple of the rate is in
 its G_i. The rebuilt w is the FedAvg of the clients' weights.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fedfm import errors, trees
-from fedfm.algorithms import algorithm, round_metrics
+from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import estimators, local
-from fedfm.clients.transforms import MessageTransform
-from fedfm.types import (
-  Aggregator,
-  ClientUpdate,
-  FederatedAlgorithm,
-  LossFn,
-)
+from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn
 
 PyTree = Any
 _SEEDS_KEY = 0x5EED  # Folded into the run's key: where the K seeds are from.
@@ -51,26 +43,27 @@ def fedkseed(
   loss: LossFn,
   *,
   client_learning_rate: float,
+  client_optimizer: checks.Absent = None,
+  server_optimizer: checks.Absent = None,
+  downlink: checks.Absent = None,
   num_seeds: int = 1024,
   epsilon: float = 1e-3,
   weighting: str = "examples",
-  aggregator: Aggregator | None = None,
-  seed: int = 0,
-  num_clients: int | None = None,
-  transforms: Sequence[MessageTransform] = (),
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Exchanges scalar gradients of known directions, in place of weights.
 
   Args:
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_learning_rate: Of the local steps, constant.
+    client_optimizer: None: it is SGD of that rate.
+    server_optimizer: None, and so is `downlink`: clients rebuild the weights
+      from the sum of all that was sent.
     num_seeds: K.
     epsilon: Distance of the two points that a slope is measured from.
     weighting: "examples", "tokens" or "uniform".
-    aggregator: Of the G_i; default the weighted mean.
-    seed: In [0, 2**32).
-    num_clients: Size of the population, for transforms that keep a state.
-    transforms: What is done to G_i before it leaves.
+    **options: `aggregator` and `transforms` (of the G_i), `seed` and others of
+      `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`, whose `extra` is G.
@@ -78,6 +71,15 @@ def fedkseed(
   Raises:
     ConfigError: An option out of range.
   """
+  checks.check_absent(
+    "FedKSeed rebuilds what SGD of client_learning_rate did",
+    client_optimizer=client_optimizer,
+  )
+  checks.check_absent(
+    "FedKSeed's clients rebuild the weights from the sum of all G_i",
+    server_optimizer=server_optimizer,
+    downlink=downlink,
+  )
   estimators.check_epsilon(epsilon)
   if isinstance(num_seeds, bool) or num_seeds < 1:
     raise errors.ConfigError(f"num_seeds: got {num_seeds}, expected at least 1")
@@ -138,9 +140,6 @@ def fedkseed(
 
   return algorithm.federated(
     ClientUpdate(start, step, finish),
-    aggregator=aggregator,
-    server_optimizer=optax.sgd(1.0),
-    seed=seed,
     server=algorithm.Server(
       init=lambda trainable: jnp.zeros(num_seeds, _dtype(trainable)),
       broadcast=lambda state: {
@@ -152,8 +151,7 @@ def fedkseed(
       # Not the weights: G, which they are rebuilt from.
       wire=lambda state, sent, message: (state.extra, message),
     ),
-    num_clients=num_clients,
-    transforms=transforms,
+    **options,
   )
 
 

@@ -4,7 +4,7 @@ client i trains A and its own B_i (and its own head) from the shared A
 A <- sum_i p_i A_i         B_i and the head persist with client i
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -13,7 +13,6 @@ from fedfm import aggregators, sums, trees
 from fedfm.adapters import Adapter
 from fedfm.algorithms import algorithm, lora_metrics, low_rank
 from fedfm.clients import engine, local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.types import (
   Aggregator,
   ClientUpdate,
@@ -57,9 +56,8 @@ def fedsa_lora(
   server_optimizer: optax.GradientTransformation | None = None,
   aggregator: Aggregator | None = None,
   weighting: str = "examples",
-  seed: int = 0,
-  transforms: Sequence[MessageTransform] = (),
   report_error: bool = True,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Averages A; every client keeps its own B and head.
 
@@ -74,11 +72,11 @@ def fedsa_lora(
       `optax.sgd(1.0)`.
     aggregator: Of A; default the weighted mean.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
-    transforms: What is done to the clients' messages, such as compression.
     report_error: Report `lora/aggregation_error`, that of A times the mean of
       the B_i: how far the clients' models are, on average, from what they
       trained. The simulation knows the B_i; a server would not.
+    **options: `seed`, `transforms`, `downlink` and others of
+      `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`, whose `personal` models are a client's own.
@@ -123,12 +121,11 @@ def fedsa_lora(
     server_optimizer=low_rank.only(
       server_optimizer or optax.sgd(1.0), "a", rest=False
     ),
-    seed=seed,
     server=server,
     client_state=_own,
     num_clients=num_clients,
-    transforms=transforms,
     personal=lambda state, client_state: low_rank.join(
       state.trainable, client_state
     ),
+    **options,
   )

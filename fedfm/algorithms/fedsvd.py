@@ -8,18 +8,18 @@ A follows the principal directions of the updates, and no client's data enters
 it but through B: under differential privacy it is post-processing.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedfm import errors, trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, lora_metrics, low_rank
+from fedfm.algorithms import algorithm, checks, lora_metrics, low_rank
 from fedfm.algorithms.ffa_lora import SERVER, expand, train_b
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
-from fedfm.types import Aggregator, FederatedAlgorithm, LossFn
+from fedfm.types import Aggregator, FederatedAlgorithm, LossFn, PyTree
 
 
 def fedsvd(
@@ -27,14 +27,13 @@ def fedsvd(
   *,
   client_optimizer: local.ClientOptimizer,
   adapter: Adapter,
+  server_optimizer: checks.Absent = None,
   aggregator: Aggregator | None = None,
   weighting: str = "examples",
-  seed: int = 0,
-  num_clients: int | None = None,
-  transforms: Sequence[MessageTransform] = (),
   period: int = 1,
   split: str = "b",
   report_error: bool = True,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Trains and averages B, and takes A anew from their product.
 
@@ -42,15 +41,16 @@ def fedsvd(
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA.
+    server_optimizer: None: its moments of B would be of an earlier A.
     aggregator: Default the weighted mean.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
-    num_clients: Size of the population, for transforms with a state.
-    transforms: What is done to the clients' messages, such as compression.
     period: Rounds between SVDs.
     split: Where the singular values go: "b", or "sqrt" to both factors alike
       (worse, by the paper).
     report_error: As in `fedit`.
+    **options: `seed`, `num_clients`, `transforms`, `downlink` and others of
+      `algorithm.federated`. A new A is sent as it is. What error feedback kept
+      at a client is of an earlier A; with it, let the `period` be long.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -58,6 +58,10 @@ def fedsvd(
   Raises:
     ConfigError: Another adapter than LoRA, or an option out of range.
   """
+  checks.check_absent(
+    "FedSVD draws A anew, which moments of B would not follow",
+    server_optimizer=server_optimizer,
+  )
   scale = low_rank.scale_of(adapter, "fedsvd")
   if period < 1:
     raise errors.ConfigError(f"period: got {period}, expected at least 1")
@@ -80,29 +84,47 @@ def fedsvd(
     )
     return trainable, {"rounds": rounds}
 
+  def beside(state):
+    """Down, beside B, A where the round before changed it."""
+    rounds = algorithm.number(state.extra["rounds"], 0)
+    a = trees.num_bytes(low_rank.select(state.trainable, "a", rest=False))
+    return 0, a if rounds > 0 and rounds % period == 0 else 0
+
   server = SERVER._replace(
     init=lambda trainable: {"rounds": jnp.zeros((), jnp.int32)},
     after=after,
     metrics=lambda state, new_state, *rest: {
       "update/norm": lora_metrics.update_norm(scale, state, new_state)
     },
+    beside=beside,
   )
   if report_error:
     aggregator, server = lora_metrics.reported(aggregator, server, expand)
 
-  def bytes_per_client(state):
-    """Up B; down B, and A where the round before changed it."""
-    rounds = algorithm.number(state.extra["rounds"], 0)
-    b = trees.num_bytes(low_rank.select(state.trainable, "b"))
-    new_a = rounds > 0 and rounds % period == 0
-    return b, trees.num_bytes(state.trainable) if new_a else b
-
-  return algorithm.federated(
+  built = algorithm.federated(
     train_b(loss, client_optimizer, weighting),
     aggregator=aggregator,
-    seed=seed,
-    num_clients=num_clients,
-    transforms=transforms,
     server=server,
-    bytes_per_client=bytes_per_client,
+    **options,
   )
+  if options.get("downlink") is None:
+    return built
+
+  def round_fn(state, base, cohort, server_batch=None):
+    new, metrics = built.round(state, base, cohort, server_batch)
+    known, memory = new.sent
+    known = _under_new_a(state.trainable, new.trainable, known)
+    return dataclasses.replace(new, sent=(known, memory)), metrics
+
+  return built._replace(round=round_fn)
+
+
+def _under_new_a(before: PyTree, after: PyTree, known: PyTree) -> PyTree:
+  """Rewrites the B that clients know; both A span the same columns."""
+
+  def one(old, new, part):
+    same = jnp.all(old["a"] == new["a"])
+    b = jnp.linalg.pinv(new["a"]) @ low_rank.product({**old, **part})
+    return {"b": jnp.where(same, part["b"], b)}
+
+  return low_rank.map_pairs(one, lambda x, y, part: part, before, after, known)

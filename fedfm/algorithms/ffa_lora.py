@@ -4,7 +4,7 @@ A_i = A_0, of one seed that all share, never trained and never sent
 B <- sum_i p_i B_i                     exact: sum_i p_i A_0 B_i = A_0 B
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import optax
 
@@ -12,7 +12,6 @@ from fedfm import trees
 from fedfm.adapters import Adapter
 from fedfm.algorithms import algorithm, lora_metrics, low_rank
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.privacy import Mechanism
 from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
 
@@ -50,7 +49,7 @@ SERVER = algorithm.Server(
     expand(state, delta),
     state.extra,
   ),
-  client_base=lambda state, base: (base, state.trainable),
+  client_base=lambda state, base, heard: (base, state.trainable),
 )
 
 
@@ -62,11 +61,9 @@ def ffa_lora(
   server_optimizer: optax.GradientTransformation | None = None,
   aggregator: Aggregator | None = None,
   weighting: str = "examples",
-  seed: int = 0,
-  num_clients: int | None = None,
-  transforms: Sequence[MessageTransform] = (),
   mechanism: Mechanism | None = None,
   report_error: bool = True,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Trains and averages B; A stays as the adapter drew it.
 
@@ -78,11 +75,10 @@ def ffa_lora(
       `optax.sgd(1.0)`.
     aggregator: Default the weighted mean.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
-    num_clients: Size of the population, for transforms with a state.
-    transforms: What is done to the clients' messages, such as compression.
     mechanism: As in `algorithm.federated`.
     report_error: As in `fedit`.
+    **options: `seed`, `transforms`, `downlink` and others of
+      `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -98,9 +94,7 @@ def ffa_lora(
     train_b(loss, client_optimizer, weighting),
     aggregator=aggregator,
     server_optimizer=low_rank.only(server_optimizer or optax.sgd(1.0), "b"),
-    seed=seed,
-    num_clients=num_clients,
-    transforms=transforms,
     mechanism=mechanism,
     server=server,
+    **options,
   )

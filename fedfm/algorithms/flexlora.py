@@ -9,7 +9,13 @@ its SVD is that of R_a R_b^T between Q_a and Q_b^T.
 
 from fedfm import aggregators, errors, trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, client_ranks, lora_metrics, low_rank
+from fedfm.algorithms import (
+  algorithm,
+  checks,
+  client_ranks,
+  lora_metrics,
+  low_rank,
+)
 from fedfm.clients import local
 from fedfm.types import FederatedAlgorithm, LossFn
 
@@ -19,8 +25,13 @@ def flexlora(
   *,
   client_optimizer: local.ClientOptimizer,
   adapter: Adapter,
+  server_optimizer: checks.Absent = None,
+  aggregator: checks.Absent = None,
+  transforms: checks.Absent = (),
+  downlink: checks.Absent = None,
   weighting: str = "examples",
   seed: int = 0,
+  num_clients: int | None = None,
   ranks: tuple[int, ...] = (),
   client_alpha: str = "proportional",
   split: str = "b",
@@ -31,8 +42,11 @@ def flexlora(
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA, of the highest rank of a client.
+    server_optimizer: None, and so are `aggregator`, `transforms`, `downlink`:
+      clients are sent and send adapters of their own ranks, not deltas.
     weighting: "examples", "tokens" or "uniform".
     seed: Seed in [0, 2**32).
+    num_clients: Size of the population; not read.
     ranks: Ranks, given to the population's clients in turn; () for the
       adapter's rank.
     client_alpha: "proportional" to the rank (all have the adapter's scale) or
@@ -46,6 +60,13 @@ def flexlora(
   Raises:
     ConfigError: Another adapter than LoRA, or an option out of range.
   """
+  checks.check_absent(
+    "FlexLoRA's factors are an SVD of the mean product of whole adapters",
+    server_optimizer=server_optimizer,
+    aggregator=aggregator,
+    transforms=transforms,
+    downlink=downlink,
+  )
   scale = low_rank.scale_of(adapter, "flexlora")
   population = client_ranks.client_ranks(adapter, ranks, client_alpha)
   if split not in low_rank.SPLITS:
@@ -104,6 +125,7 @@ def flexlora(
     ),
     aggregator=aggregators.keep(),
     seed=seed,
+    num_clients=num_clients,
     server=algorithm.Server(combine=combine, metrics=metrics),
     bytes_per_client=bytes_per_client,
   )

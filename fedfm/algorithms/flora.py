@@ -20,6 +20,7 @@ from fedfm.adapters.lora import draw_a
 from fedfm.algorithms import (
   algorithm,
   base_change,
+  checks,
   client_ranks,
   lora_metrics,
   low_rank,
@@ -44,8 +45,13 @@ def flora(
   *,
   client_optimizer: local.ClientOptimizer,
   adapter: Adapter,
+  server_optimizer: checks.Absent = None,
+  aggregator: checks.Absent = None,
+  transforms: checks.Absent = (),
+  downlink: checks.Absent = None,
   weighting: str = "examples",
   seed: int = 0,
+  num_clients: int | None = None,
   ranks: tuple[int, ...] = (),
   client_alpha: str = "proportional",
   residual: str = "dense",
@@ -59,8 +65,11 @@ def flora(
     loss: `loss(trainable, base, batch, key) -> (scalar, aux)`.
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA, of the highest rank of a client.
+    server_optimizer: None, and so are `aggregator`, `transforms`, `downlink`:
+      clients are sent and send adapters of their own ranks, not deltas.
     weighting: "examples", "tokens" or "uniform".
     seed: Seed in [0, 2**32).
+    num_clients: Size of the population; not read.
     ranks: Ranks, given to the population's clients in turn; () for the
       adapter's rank.
     client_alpha: "proportional" to the rank (all have the adapter's scale, as
@@ -75,6 +84,13 @@ def flora(
   Raises:
     ConfigError: Another adapter than LoRA, or an option out of range.
   """
+  checks.check_absent(
+    "FLoRA adds the product of whole adapters to the base",
+    server_optimizer=server_optimizer,
+    aggregator=aggregator,
+    transforms=transforms,
+    downlink=downlink,
+  )
   scale = low_rank.scale_of(adapter, "flora")
   population = client_ranks.client_ranks(adapter, ranks, client_alpha)
   change = base_change.base_change(residual, residual_rank)
@@ -146,6 +162,7 @@ def flora(
     ),
     aggregator=aggregators.keep(),
     seed=seed,
+    num_clients=num_clients,
     server=algorithm.Server(
       init=first,
       combine=combine,

@@ -9,10 +9,17 @@ A <- sum_j w_j pad(A_j)        B <- sum_j w_j pad(B_j)
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedfm import aggregators, errors, trees
 from fedfm.adapters import Adapter
-from fedfm.algorithms import algorithm, client_ranks, lora_metrics, low_rank
+from fedfm.algorithms import (
+  algorithm,
+  checks,
+  client_ranks,
+  lora_metrics,
+  low_rank,
+)
 from fedfm.clients import local
 from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, PyTree
 
@@ -108,6 +115,10 @@ def hetlora(
   client_optimizer: local.ClientOptimizer,
   adapter: Adapter,
   num_clients: int,
+  server_optimizer: optax.GradientTransformation | None = None,
+  aggregator: checks.Absent = None,
+  transforms: checks.Absent = (),
+  downlink: checks.Absent = None,
   weighting: str = "examples",
   seed: int = 0,
   ranks: tuple[int, ...] = (),
@@ -124,6 +135,9 @@ def hetlora(
     client_optimizer: Local optimizer, or a function of the round giving one.
     adapter: LoRA, of the highest rank of a client.
     num_clients: Size of the population, whose ranks are kept.
+    server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
+    aggregator: None, and so are `transforms` and `downlink`: clients are sent
+      and send adapters of their own ranks, not deltas.
     weighting: "examples", "tokens" or "uniform": p_i of the aggregation error;
       the aggregate itself is weighted by w_i.
     seed: Seed in [0, 2**32).
@@ -141,6 +155,12 @@ def hetlora(
   Raises:
     ConfigError: Another adapter than LoRA, or an option out of range.
   """
+  checks.check_absent(
+    "HetLoRA's clients send whole adapters, for a mean weighted by their size",
+    aggregator=aggregator,
+    transforms=transforms,
+    downlink=downlink,
+  )
   low_rank.scale_of(adapter, "hetlora")
   population = client_ranks.client_ranks(adapter, ranks, client_alpha)
   if not 0 <= strength < float("inf"):
@@ -182,6 +202,7 @@ def hetlora(
   return algorithm.federated(
     _update(loss, client_optimizer, population, weighting, strength, decay),
     aggregator=aggregators.keep(),
+    server_optimizer=server_optimizer,
     seed=seed,
     server=algorithm.Server(
       init=lambda trainable: {"mean_rank": jnp.asarray(mean_rank, jnp.float32)},

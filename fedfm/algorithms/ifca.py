@@ -7,7 +7,6 @@ The trainable is k models, leaves [k, ...]; where it is an adapter, an adapter
 for each cluster.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,10 +58,10 @@ def ifca(
   num_clusters: int = 2,
   spread: float = 0.01,
   server_optimizer: optax.GradientTransformation | None = None,
-  server_step: Callable[..., PyTree] | None = None,
+  aggregator: checks.Absent = None,
   weighting: str = "examples",
   seed: int = 0,
-  num_clients: int | None = None,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Trains k models, each on the clients whose data it fits best.
 
@@ -73,10 +72,12 @@ def ifca(
     spread: The models start as the trainable plus normal noise of this standard
       deviation (the first as it is): equal models could not be told apart.
     server_optimizer: Of the k models; default `optax.sgd(1.0)`.
-    server_step: As in `algorithm.federated`, on the k models.
+    aggregator: None: each cluster's mean is by weight.
     weighting: Within a cluster: "examples", "tokens" or "uniform".
     seed: Seed in [0, 2**32).
-    num_clients: Size of the population.
+    **options: `num_clients` (needed), `server_step`, `transforms`, `downlink`
+      and others of `algorithm.federated`, on the k models. What error feedback
+      keeps of a delta goes to the cluster that a client joins next.
 
   Returns:
     A `FederatedAlgorithm` whose clients keep the cluster that they were in last
@@ -87,6 +88,9 @@ def ifca(
   Raises:
     ConfigError: A number out of range, or no `num_clients`.
   """
+  checks.check_absent(
+    "IFCA takes the weighted mean of each cluster", aggregator=aggregator
+  )
   if num_clusters < 1:
     raise errors.ConfigError(
       f"num_clusters: got {num_clusters}, expected at least 1"
@@ -141,19 +145,18 @@ def ifca(
     ClientUpdate(start, step, finish, first),
     aggregator=mean_by_cluster(num_clusters),
     server_optimizer=server_optimizer,
-    server_step=server_step,
     server=algorithm.Server(
       init=lambda models: jnp.zeros((num_clusters,), trees.sum_dtype(models)),
       combine=combine,
       direction=lambda message: message["delta"],
       metrics=metrics,
-      client_base=lambda state, base: (state.trainable, base),
+      client_base=lambda state, base, heard: (heard, base),
     ),
     client_state=lambda models: jnp.full((), -1, jnp.int32),
-    num_clients=num_clients,
     seed=seed,
     effective_trainable=heaviest,
     personal=personal,
+    **options,
   )
 
   def init(trainable):

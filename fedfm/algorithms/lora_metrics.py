@@ -73,6 +73,9 @@ def reported(
 ) -> tuple[Aggregator, algorithm.Server]:
   """Reports the error of a server whose clients send deltas.
 
+  Clients are taken to have moved by their deltas from the server's weights,
+  also where a compressed way down told them others.
+
   Args:
     aggregator: Default the weighted mean.
     server: What it does with the aggregate.

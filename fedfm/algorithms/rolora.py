@@ -7,6 +7,8 @@ Exact in every round. B has the first turn: while B = 0 the gradient of A is 0.
 A head, if there is one, is trained in every round.
 """
 
+from collections.abc import Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ from fedfm.algorithms import (
   schedule_clock,
 )
 from fedfm.clients import local
+from fedfm.clients.transforms import MessageTransform
 from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
 
 PyTree = Any
@@ -89,7 +92,10 @@ def of_turn(b_has_turn: jax.Array, trained: PyTree, held: PyTree) -> PyTree:
 def _update(
   loss: LossFn, client_optimizer: local.ClientOptimizer, weighting: str
 ) -> ClientUpdate:
-  """Local work on one factor; the turn comes with the base."""
+  """Local work on one factor; the turn comes with the base.
+
+  The message is {"delta": trainable, "b_has_turn": 0 or 1}.
+  """
 
   def loss_of_turn(trainable, base_and_turn, batch, key):
     base, turn = base_and_turn
@@ -104,7 +110,61 @@ def _update(
     kept = of_turn(base_and_turn[1], new.trainable, state.trainable)
     return new._replace(trainable=kept)
 
-  return own._replace(step=step)
+  def start(sent, client_state, info):
+    return own.start(sent["trainable"], client_state, info)
+
+  def finish(sent, state, info):
+    delta, weight, _, metrics = own.finish(sent["trainable"], state, info)
+    turn = sent["b_has_turn"].astype(jnp.float32)
+    return {"delta": delta, "b_has_turn": turn}, weight, (), metrics
+
+  return ClientUpdate(start, step, finish)
+
+
+def _split(delta: PyTree) -> dict[str, PyTree]:
+  return {
+    "a": low_rank.select(delta, "a", rest=False),
+    "b": low_rank.select(delta, "b", rest=False),
+    "rest": low_rank.map_pairs(lambda pair: None, lambda x: x, delta),
+  }
+
+
+def transform_of_turn(transform: MessageTransform) -> MessageTransform:
+  """Transforms what a client sends in its turn; the other factor waits.
+
+  So does what error feedback keeps of the other factor: sent in a round in
+  which the server holds that factor, it would be lost.
+
+  Args:
+    transform: Of plain deltas.
+
+  Returns:
+    A `MessageTransform` of the messages of `rolora`.
+  """
+
+  def init(message):
+    parts = _split(message["delta"])
+    return {name: transform.init(part) for name, part in parts.items()}
+
+  def apply(message, states, info):
+    sent, new = {}, {}
+    for index, (name, part) in enumerate(_split(message["delta"]).items()):
+      own = dataclasses.replace(info, key=jax.random.fold_in(info.key, index))
+      sent[name], new[name] = transform.apply(part, states[name], own)
+    b_has_turn = message["b_has_turn"] > 0
+    delta = low_rank.map_pairs(
+      lambda pair, a, b, rest: a | b,
+      lambda x, a, b, rest: rest,
+      message["delta"],
+      *sent.values(),
+    )
+    # The delta of the factor that waits is zero.
+    delta = of_turn(b_has_turn, delta, message["delta"])
+    new["a"] = trees.select(b_has_turn, states["a"], new["a"])
+    new["b"] = trees.select(b_has_turn, new["b"], states["b"])
+    return message | {"delta": delta}, new
+
+  return transform._replace(apply=apply, init=init)
 
 
 def rolora(
@@ -114,9 +174,11 @@ def rolora(
   adapter: Adapter,
   server_optimizer: optax.GradientTransformation | None = None,
   aggregator: Aggregator | None = None,
+  transforms: Sequence[MessageTransform] = (),
+  downlink: MessageTransform | None = None,
   weighting: str = "examples",
-  seed: int = 0,
   report_error: bool = True,
+  **options: Any,
 ) -> FederatedAlgorithm:
   """Trains and averages B in one round, A in the next.
 
@@ -127,9 +189,13 @@ def rolora(
     server_optimizer: Applied to the pseudo-gradient; A, B and a head have a
       state each. Default `optax.sgd(1.0)`.
     aggregator: Default the weighted mean.
+    transforms: What is done to the factor of the turn (and a head) before it
+      leaves, such as compression.
+    downlink: As in `algorithm.federated`; clients are then sent what they lack
+      of both factors in every round.
     weighting: "examples", "tokens" or "uniform".
-    seed: Seed in [0, 2**32).
     report_error: As in `fedit`.
+    **options: `seed`, `num_clients` and others of `algorithm.federated`.
 
   Returns:
     A `FederatedAlgorithm`.
@@ -138,25 +204,36 @@ def rolora(
     ConfigError: Another adapter than LoRA.
   """
   low_rank.scale_of(adapter, "rolora")
+
+  def wire(state, sent, message):
+    """Up the factor of this round, down the other, that of the round before."""
+    turn = algorithm.number(state.server_optimizer.b_has_turn, 1)
+    up, down = "ba" if turn else "ab"
+    sent, delta = sent["trainable"], message["delta"]
+    if downlink is None:
+      sent = low_rank.select(sent, down)
+    return sent, low_rank.select(delta, up)
+
   server = algorithm.Server(
-    client_base=lambda state, base: (base, state.server_optimizer.b_has_turn)
+    broadcast=lambda state: {
+      "trainable": state.trainable,
+      "b_has_turn": state.server_optimizer.b_has_turn,
+    },
+    combine=lambda state, mean, *rest: (mean["delta"], state.extra),
+    client_base=lambda state, base, heard: (base, heard["b_has_turn"]),
+    direction=lambda message: message["delta"],
+    wire=wire,
   )
   if report_error:
     aggregator, server = lora_metrics.reported(
-      aggregator, server, lambda state, delta: delta
+      aggregator, server, lambda state, message: message["delta"]
     )
-
-  def bytes_per_client(state):
-    """Up the factor of this round, down the other, that of the round before."""
-    a, b = (trees.num_bytes(low_rank.select(state.trainable, f)) for f in "ab")
-    turn = algorithm.number(state.server_optimizer.b_has_turn, 1)
-    return (b, a) if turn else (a, b)
-
   return algorithm.federated(
     _update(loss, client_optimizer, weighting),
     aggregator=aggregator,
     server_optimizer=in_turns(server_optimizer or optax.sgd(1.0)),
-    seed=seed,
+    transforms=[transform_of_turn(t) for t in transforms],
+    downlink=downlink,
     server=server,
-    bytes_per_client=bytes_per_client,
+    **options,
   )

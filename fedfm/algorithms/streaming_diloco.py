@@ -33,6 +33,7 @@ import optax
 from fedfm import errors, trees
 from fedfm.algorithms import (
   algorithm,
+  checks,
   fragment_schedule,
   fragments,
   round_metrics,
@@ -41,7 +42,6 @@ from fedfm.algorithms import (
 from fedfm.algorithms.diloco import fresh_optimizer, outer_optimizer
 from fedfm.algorithms.fragment_schedule import Schedule
 from fedfm.clients import local
-from fedfm.clients.transforms import MessageTransform
 from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn
 
 PyTree = Any
@@ -61,7 +61,7 @@ def streaming_diloco(
   offsets: tuple[int, ...] = (),
   overlap: int = 0,
   mixing: float = 0.5,
-  downlink: MessageTransform | None = None,
+  downlink: checks.Absent = None,
   **options,
 ) -> FederatedAlgorithm:
   """Exchanges a fragment at a time, while replicas go on.
@@ -91,11 +91,9 @@ def streaming_diloco(
     ConfigError: Options out of range, fragments that do not cover the layers
       (from `init`), or a compressed way down.
   """
-  if downlink is not None:
-    raise errors.ConfigError(
-      "downlink: got a compressor, but replicas of streaming DiLoCo exchange "
-      "sums: expected none"
-    )
+  checks.check_absent(
+    "replicas of streaming DiLoCo exchange sums", downlink=downlink
+  )
   if num_fragments is None:
     num_fragments = max(layer_fragments) + 1 if layer_fragments else 4
   if num_fragments < 1:
@@ -156,7 +154,7 @@ def streaming_diloco(
         "fragment": fragment_of(state.round),
         "steps": steps_of(state.round),
       },
-      client_base=lambda state, base: (
+      client_base=lambda state, base, heard: (
         base,
         {"weights": state.trainable, "age": state.extra["age"]},
       ),
