@@ -75,7 +75,6 @@ AGGREGATORS = {
 _FIELDS = {
   "client_optimizer": "client.optimizer",
   "inner_steps": "client.local_steps",
-  "weighting": "client.weighting",
 }
 COMPRESSORS = {
   "bfloat16": compression.bfloat16,
@@ -148,6 +147,8 @@ def algorithm(
     "num_clients": num_clients,
   }
   if settings.client.weighting != "auto":
+    if name == "afl":  # Its mixture is the weight.
+      expect_default(settings, "client.weighting", "algorithm 'afl'")
     arguments["weighting"] = settings.client.weighting
   if mechanism := protection.mechanism(settings, num_clients):
     del arguments["aggregator"]

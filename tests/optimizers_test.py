@@ -90,7 +90,7 @@ def test_schedules_go_on_in_rounds_of_other_parts(name):
     ),
     (
       {"algorithm": "afl", "client": {"weighting": "tokens"}},
-      "^client.weighting: got 'tokens', but clients of AFL .* 'uniform'",
+      "^client.weighting: got 'tokens', but algorithm 'afl' expects 'auto'",
     ),
   ],
 )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedfm import errors, trees
+from fedfm import trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.algorithms.qfedavg import with_sent_loss
 from fedfm.clients import engine, local
@@ -63,7 +63,7 @@ def afl(
     server_optimizer: Applied to the pseudo-gradient; default `optax.sgd(1.0)`.
     aggregator: Of what clients send, lambda_i already in it; default the mean.
     downlink: None: each client is sent a number of its own.
-    weighting: "uniform" only: the mixture is the weight.
+    weighting: Not read: the mixture is the weight.
     num_clients: Size of the population, N.
     **options: `seed`, `transforms` and others of `algorithm.federated`.
 
@@ -73,13 +73,9 @@ def afl(
     by one: this does not go with secure aggregation.
 
   Raises:
-    ConfigError: A rate below 0, another weighting, or no `num_clients`.
+    ConfigError: A rate below 0, or no `num_clients`.
   """
-  if weighting != "uniform":
-    raise errors.ConfigError(
-      f"weighting: got {weighting!r}, but clients of AFL weigh by its mixture: "
-      "expected 'uniform'"
-    )
+  del weighting
   checks.check_absent(
     "AFL sends each client its own share of the mixture", downlink=downlink
   )
