@@ -326,10 +326,9 @@ def build(settings: Settings) -> Experiment:
   state = choices.check_trainable(settings, algorithm, trainable_shapes, base)
   client_store = planning.choose_store(settings, state.clients)
   realism = participation.realism(settings)
-  flops = ledger_lib.flops_per_row(
-    model, adapter.kind, trainable_shapes, settings.data.sequence_length
+  ledger = ledger_lib.make_ledger(
+    settings, model, adapter.kind, trainable_shapes, algorithm.passes, realism
   )
-  ledger = ledger_lib.Ledger(flops * settings.client.batch_size, realism)
   rows, table = data.train, None
   if settings.data.resident:
     rows, table = resident.rows(data.train)
@@ -347,8 +346,7 @@ def build(settings: Settings) -> Experiment:
     sampler,
     schedule,
     realism,
-    ledger_lib.planned_costs(
-      ledger.flops_per_step,
+    ledger.planned_costs(
       trainable_shapes,
       choices.compressor(settings, "up"),
       choices.compressor(settings, "down"),

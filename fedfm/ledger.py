@@ -10,14 +10,19 @@ from fedfm import models, trees
 from fedfm.clients.transforms import MessageTransform
 from fedfm.data.realism import Costs, Realism
 from fedfm.planning import Work
+from fedfm.settings import Settings
+from fedfm.types import Passes
 
 PyTree = Any
 _LOOKED_UP = ("position_embed", "type_embed", "class_token")
-_FORWARD, _TO_INPUTS, _TO_WEIGHTS = 2, 2, 2  # FLOPs a weight and token.
+# FLOPs a weight and token, of a product; passes take one product forward, and
+# back one to the input's gradient and one to the weight's.
+_PRODUCT = 2
+_TRAINING_STEP = Passes()
 
 
 class ModelFlops(NamedTuple):
-  """Floating-point operations a token of a training step.
+  """Floating-point operations a token, of some passes.
 
   Attributes:
     frozen: Of the weights that are not trained.
@@ -35,10 +40,35 @@ class ModelFlops(NamedTuple):
     return sum(self)
 
 
+def _products(passes: Passes) -> tuple[int, int]:
+  """Counts the products of a local step for each one of the model.
+
+  Backward, a product takes one for its input's gradient and, where its other
+  factor has one too, another: twice a forward. Backward through a gradient,
+  each of its products (one forward, and those backward) does that again.
+
+  Args:
+    passes: What the step is made of.
+
+  Returns:
+    (of a weight that is not trained, of one that is); between tokens both
+    factors have gradients, as of a weight that is trained.
+  """
+  back, again = passes.backwards, passes.hessian_products
+  return (
+    passes.forwards + back + 2 * again,
+    passes.forwards + 2 * back + 6 * again,
+  )
+
+
 def flops_per_token(
-  model: models.Model, kind: str, trainable: PyTree, sequence_length: int
+  model: models.Model,
+  kind: str,
+  trainable: PyTree,
+  sequence_length: int,
+  passes: Passes = _TRAINING_STEP,
 ) -> ModelFlops:
-  """Counts a training step analytically, from the parameters' shapes.
+  """Counts a local step analytically, from the parameters' shapes.
 
   A weight of a matrix product costs 2 FLOPs a token forward, 2 in the gradient
   of its input and, where it is trained, 2 in its own. Attention costs 4 x
@@ -51,6 +81,8 @@ def flops_per_token(
     kind: Of the adapter: "full", "head", or one beside all layers.
     trainable: What clients train, arrays or shapes.
     sequence_length: Tokens in a row.
+    passes: What the step is made of, default a training step; what comes before
+      the first one is not counted.
 
   Returns:
     A `ModelFlops`.
@@ -79,20 +111,26 @@ def flops_per_token(
   trained = sum(
     math.prod(x.shape) for x in jax.tree.leaves(trainable) if len(x.shape) >= 2
   )
-  train = _FORWARD + _TO_INPUTS + _TO_WEIGHTS
+  of_frozen, of_trained = _products(passes)
+  train = _PRODUCT * of_trained
   if kind == "full":
-    return ModelFlops(0, train * whole, 3 * attention)
+    return ModelFlops(0, train * whole, of_trained * attention)
   if kind == "head":
     # Gradients stop below the head.
-    return ModelFlops(_FORWARD * (whole - trained), train * trained, attention)
-  frozen = (_FORWARD + _TO_INPUTS) * whole
-  return ModelFlops(frozen, train * trained, 3 * attention)
+    forward = _PRODUCT * passes.forwards * (whole - trained)
+    return ModelFlops(forward, train * trained, passes.forwards * attention)
+  frozen = _PRODUCT * of_frozen * whole
+  return ModelFlops(frozen, train * trained, of_trained * attention)
 
 
 def flops_per_row(
-  model: models.Model, kind: str, trainable: PyTree, sequence_length: int
+  model: models.Model,
+  kind: str,
+  trainable: PyTree,
+  sequence_length: int,
+  passes: Passes = _TRAINING_STEP,
 ) -> float:
-  """Counts a training step of one row: a text, or an image.
+  """Counts a local step on one row: a text, or an image.
 
   As `flops_per_token` for each token of it. An image's are its patches, and a
   pair of an image and a text has those of both; a
@@ -104,6 +142,7 @@ def flops_per_row(
     kind: Of the adapter.
     trainable: What clients train, arrays or shapes.
     sequence_length: Tokens in a row of text.
+    passes: As in `flops_per_token`.
 
   Returns:
     Floating-point operations.
@@ -119,19 +158,23 @@ def flops_per_row(
       for name, x in model.shapes.items()
       if len(x.shape) >= 2
     )
-    return (_FORWARD + _TO_INPUTS + _TO_WEIGHTS) * uses
+    return _PRODUCT * _products(passes)[1] * uses
   length = sequence_length
   if isinstance(c, models.CLIPConfig):
-    return _flops_per_pair(model, kind, trainable, sequence_length)
+    return _flops_per_pair(model, kind, trainable, sequence_length, passes)
   if isinstance(c, models.VisionConfig):
     length = 1 + (c.image_size // c.patch_size) ** 2
-  return flops_per_token(model, kind, trainable, length).total * length
+  return flops_per_token(model, kind, trainable, length, passes).total * length
 
 
 def _flops_per_pair(
-  model: models.Model, kind: str, trainable: PyTree, sequence_length: int
+  model: models.Model,
+  kind: str,
+  trainable: PyTree,
+  sequence_length: int,
+  passes: Passes,
 ) -> float:
-  """Counts a training step of an image and a text: each in its own tower."""
+  """Counts a local step on an image and a text: each in its own tower."""
   c, total = model.config, 0.0
   trained = trees.by_path(trainable)
   of_image = {k: x for k, x in trained.items() if k.startswith("image/")}
@@ -142,7 +185,7 @@ def _flops_per_pair(
     ("image", of_image, image_length),
   ):
     tower = model._replace(shapes=model.shapes[name], config=getattr(c, name))
-    total += flops_per_token(tower, kind, own, length).total * length
+    total += flops_per_token(tower, kind, own, length, passes).total * length
   return total
 
 
@@ -153,10 +196,12 @@ class Ledger:
   Attributes:
     flops_per_step: Of a full local step of one client.
     realism: The devices, and how long a round waits.
+    flops_at_start: Of what a client does before its first step.
   """
 
   flops_per_step: float
   realism: Realism
+  flops_at_start: float = 0.0
 
   def line(self, work: Work, up: int, down: int) -> dict[str, float]:
     """Returns the metrics of one round.
@@ -171,11 +216,13 @@ class Ledger:
       were given work, `compute/flops` of those that reported,
       `clients/contacted`, and `simulated/seconds`, how long the server waited.
     """
-    costs = Costs(self.flops_per_step, up, down)
+    costs = Costs(self.flops_per_step, up, down, self.flops_at_start)
+    steps = float(sum(work.local_steps))
+    of_starts = len(work.ids) * self.flops_at_start
     return {
       "comm/bytes_up": len(work.ids) * up,
       "comm/bytes_down": work.contacted * down,
-      "compute/flops": float(sum(work.local_steps)) * self.flops_per_step,
+      "compute/flops": steps * self.flops_per_step + of_starts,
       "clients/contacted": work.contacted,
       "simulated/seconds": self._seconds(work, costs),
     }
@@ -186,37 +233,63 @@ class Ledger:
       return realism.deadline
     if not work.ids:
       return 0.0
-    communication, a_step = realism.devices.seconds(
-      realism.seed, work.ids, costs
+    beside, a_step = realism.devices.seconds(realism.seed, work.ids, costs)
+    return float((beside + a_step * work.local_steps).max())
+
+  def planned_costs(
+    self,
+    trainable: PyTree,
+    up: MessageTransform | None,
+    down: MessageTransform | None,
+  ) -> Costs:
+    """What a client's round costs as far as it is known before the run.
+
+    Deadlines are drawn before a round, on the host, when an algorithm's
+    messages may still depend on rounds that run: they count the trainable,
+    compressed where messages are, in both directions.
+
+    Args:
+      trainable: Arrays or shapes.
+      up: Compressor of the way up, or None.
+      down: Likewise down.
+
+    Returns:
+      The `Costs`.
+    """
+    bytes_up, bytes_down = (
+      way.num_bytes(trainable)
+      if way is not None and way.num_bytes is not None
+      else trees.num_bytes(trainable)
+      for way in (up, down)
     )
-    return float((communication + a_step * work.local_steps).max())
+    return Costs(self.flops_per_step, bytes_up, bytes_down, self.flops_at_start)
 
 
-def planned_costs(
-  flops_per_step: float,
+def make_ledger(
+  settings: Settings,
+  model: models.Model,
+  kind: str,
   trainable: PyTree,
-  up: MessageTransform | None,
-  down: MessageTransform | None,
-) -> Costs:
-  """What a client's round costs as far as it is known before the run.
-
-  Deadlines are drawn before a round, on the host, when an algorithm's messages
-  may still depend on rounds that run: they count the trainable, compressed
-  where messages are, in both directions.
+  passes: Passes,
+  realism: Realism,
+) -> Ledger:
+  """Builds the ledger of a run.
 
   Args:
-    flops_per_step: Of a local step.
-    trainable: Arrays or shapes.
-    up: Compressor of the way up, or None.
-    down: Likewise down.
+    settings: Sizes of rows and batches.
+    model: The model.
+    kind: Of the adapter.
+    trainable: What clients train, arrays or shapes.
+    passes: Of the algorithm.
+    realism: How clients behave.
 
   Returns:
-    The `Costs`.
+    The `Ledger`.
   """
-  sizes = [
-    way.num_bytes(trainable)
-    if way is not None and way.num_bytes is not None
-    else trees.num_bytes(trainable)
-    for way in (up, down)
-  ]
-  return Costs(flops_per_step, *sizes)
+  at_start = Passes(forwards=passes.first_forwards, backwards=0)
+  per_step, first = (
+    settings.client.batch_size
+    * flops_per_row(model, kind, trainable, settings.data.sequence_length, some)
+    for some in (passes, at_start)
+  )
+  return Ledger(per_step, realism, first)

@@ -189,6 +189,25 @@ def _same_trainable(state: ServerState) -> PyTree:
   return state.trainable
 
 
+class Passes(NamedTuple):
+  """What local work costs: how often a batch goes through the model.
+
+  As the code runs it: a masked part of a batch counts as all of it.
+
+  Attributes:
+    forwards: Passes forward, a local step.
+    backwards: Passes back, a local step. A tangent (`jax.jvp`) is one as well:
+      it takes the same products, one for the input's and one for the weight's.
+    hessian_products: Passes back through a gradient, a local step.
+    first_forwards: Passes forward before the first step of a client.
+  """
+
+  forwards: int = 1
+  backwards: int = 1
+  hessian_products: int = 0
+  first_forwards: int = 0
+
+
 class FederatedAlgorithm(NamedTuple):
   """A federated algorithm as pure functions.
 
@@ -210,6 +229,7 @@ class FederatedAlgorithm(NamedTuple):
       a round; None where the algorithm does not say.
     aligned: Whether the clients are replicas, all of which have a lane and slot
       of their own in every round (`pack(aligned=True)`).
+    passes: What a client's work costs, in passes of the model.
   """
 
   init: Callable[[PyTree], ServerState]
@@ -221,3 +241,4 @@ class FederatedAlgorithm(NamedTuple):
   client_state: Callable[[PyTree], PyTree] | None = None
   local_steps: Callable[[int], int] | None = None
   aligned: bool = False
+  passes: Passes = Passes()

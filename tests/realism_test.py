@@ -171,10 +171,42 @@ def test_a_line_of_the_ledger_by_hand():
     "clients/contacted": 4,
     "simulated/seconds": 3 + 5.0,
   }
+  before = ledger.Ledger(1e9, Realism(devices=alike), flops_at_start=2e9)
+  begun = before.line(work, 10**6, 2 * 10**6)
+  assert begun["compute/flops"] == 8e9 + 2 * 2e9
+  assert begun["simulated/seconds"] == 3 + 2 + 5.0
+  # Of 9.5 s, 5 are over before the first step.
+  deadline = Realism(devices=alike, deadline=9.5, late="partial")
+  costs = Costs(1e9, 10**6, 2 * 10**6, flops_at_start=2e9)
+  assert deadline.attend(["a", "b"], 0, [3, 5], costs).steps.tolist() == [3, 4]
   late = ledger.Ledger(1e9, Realism(devices=alike, deadline=9.0, dropout=0.5))
   assert late.line(work, 10**6, 0)["simulated/seconds"] == 9.0
   nobody = planning.Work([], [], [], contacted=0)
   assert late.line(nobody, 1, 1)["simulated/seconds"] == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "passes", "in_first"),
+  [("ditto", {}, 2, 0), ("ifca", {"num_clusters": 3}, 1, 3)],
+)
+def test_a_run_counts_the_passes_of_its_algorithm(
+  name, options, passes, in_first, tmp_path
+):
+  def costs(**changes):
+    built = experiment.build(
+      tiny.config(tmp_path, adapter={"kind": "full"}, **changes)
+    )
+    return built, built.ledger.planned_costs(built.trainable, None, None)
+
+  with tiny.one_device():
+    _, plain = costs()
+    built, got = costs(algorithm=name, algorithm_options=options)
+  assert got.flops_per_step == passes * plain.flops_per_step
+  # A forward is a third of a training step of all weights.
+  assert got.flops_at_start == pytest.approx(
+    in_first * plain.flops_per_step / 3
+  )
+  assert got.flops_per_step == built.ledger.flops_per_step
 
 
 # Populations that change, and whole runs.

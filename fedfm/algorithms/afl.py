@@ -18,7 +18,7 @@ import optax
 
 from fedfm import trees
 from fedfm.algorithms import algorithm, checks, round_metrics
-from fedfm.algorithms.qfedavg import with_sent_loss
+from fedfm.algorithms.qfedavg import PASSES, with_sent_loss
 from fedfm.clients import engine, local
 from fedfm.types import Aggregator, FederatedAlgorithm, LossFn
 
@@ -132,5 +132,6 @@ def afl(
     server_optimizer=server_optimizer,
     aggregator=aggregator,
     num_clients=population,
+    passes=PASSES,
     **options,
   )

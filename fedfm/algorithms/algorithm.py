@@ -121,8 +121,8 @@ def federated(
     mechanism: Aggregates in a private way, in place of the aggregator; all that
       the server makes of the messages is made of what this releases.
     **fields: `bytes_per_client` (of algorithms that no compression goes with),
-      `effective_trainable`, `personal`, `local_steps` and `aligned` of
-      `FederatedAlgorithm`, where they differ from FedAvg's.
+      `effective_trainable`, `personal`, `local_steps`, `aligned` and `passes`
+      of `FederatedAlgorithm`, where they differ from FedAvg's.
 
   Returns:
     A `FederatedAlgorithm`.

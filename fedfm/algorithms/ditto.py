@@ -11,7 +11,7 @@ import jax
 
 from fedfm.algorithms import algorithm, checks
 from fedfm.clients import local
-from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn
+from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, Passes
 
 
 def ditto(
@@ -70,5 +70,6 @@ def ditto(
     client_state=lambda trainable: trainable,
     personal=lambda state, v: v,
     num_clients=num_clients,
+    passes=Passes(forwards=2, backwards=2),
     **options,
   )

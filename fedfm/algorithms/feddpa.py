@@ -24,6 +24,7 @@ from fedfm.types import (
   ClientUpdate,
   FederatedAlgorithm,
   LossFn,
+  Passes,
   PyTree,
 )
 
@@ -141,6 +142,7 @@ def feddpa_t(
     client_state=_pairs,
     num_clients=num_clients,
     personal=_personal(local_weight),
+    passes=Passes(forwards=2, backwards=2),
     **options,
   )
 

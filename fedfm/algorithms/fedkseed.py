@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from fedfm import errors, trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import estimators, local
-from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn
+from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, Passes
 
 PyTree = Any
 _SEEDS_KEY = 0x5EED  # Folded into the run's key: where the K seeds are from.
@@ -151,6 +151,7 @@ def fedkseed(
       # Not the weights: G, which they are rebuilt from.
       wire=lambda state, sent, message: (state.extra, message),
     ),
+    passes=Passes(forwards=2, backwards=0),
     **options,
   )
 

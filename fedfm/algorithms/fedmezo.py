@@ -9,7 +9,7 @@ the noise of the estimate small; every trainable goes.
 
 from fedfm.algorithms.fedavg import fedavg
 from fedfm.clients import estimators
-from fedfm.types import FederatedAlgorithm, LossFn
+from fedfm.types import FederatedAlgorithm, LossFn, Passes
 
 
 def fedmezo(
@@ -29,4 +29,8 @@ def fedmezo(
   Raises:
     ConfigError: An epsilon that is not above 0.
   """
-  return fedavg(estimators.zeroth_order(loss, epsilon), **options)
+  return fedavg(
+    estimators.zeroth_order(loss, epsilon),
+    passes=Passes(forwards=2, backwards=0),
+    **options,
+  )

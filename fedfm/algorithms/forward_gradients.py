@@ -10,7 +10,7 @@ of weights.
 
 from fedfm.algorithms.fedavg import fedavg
 from fedfm.clients import estimators
-from fedfm.types import FederatedAlgorithm, LossFn
+from fedfm.types import FederatedAlgorithm, LossFn, Passes
 
 
 def forward_gradients(loss: LossFn, **options) -> FederatedAlgorithm:
@@ -23,4 +23,6 @@ def forward_gradients(loss: LossFn, **options) -> FederatedAlgorithm:
   Returns:
     A `FederatedAlgorithm`.
   """
-  return fedavg(estimators.forward_mode(loss), **options)
+  # The tangent is counted as a pass back.
+  passes = Passes(forwards=1, backwards=1)
+  return fedavg(estimators.forward_mode(loss), passes=passes, **options)

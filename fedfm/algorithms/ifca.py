@@ -16,7 +16,13 @@ import optax
 from fedfm import errors, sums, trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import local
-from fedfm.types import Aggregator, ClientUpdate, FederatedAlgorithm, LossFn
+from fedfm.types import (
+  Aggregator,
+  ClientUpdate,
+  FederatedAlgorithm,
+  LossFn,
+  Passes,
+)
 
 PyTree = Any
 _PERTURB_KEY = 0xFFFFFFFE  # Folded into the seed, to draw the first models.
@@ -156,6 +162,7 @@ def ifca(
     seed=seed,
     effective_trainable=heaviest,
     personal=personal,
+    passes=Passes(first_forwards=num_clusters),
     **options,
   )
 

@@ -18,7 +18,7 @@ import optax
 
 from fedfm.algorithms import algorithm
 from fedfm.clients import local, measures
-from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn
+from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, Passes
 
 
 def mimelite(
@@ -97,5 +97,6 @@ def mimelite(
       combine=combine,
       direction=lambda message: message["delta"],
     ),
+    passes=Passes(forwards=2, backwards=2),
     **options,
   )

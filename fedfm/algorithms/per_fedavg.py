@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fedfm.algorithms import checks
 from fedfm.algorithms.fedavg import fedavg
-from fedfm.types import FederatedAlgorithm, LossFn
+from fedfm.types import FederatedAlgorithm, LossFn, Passes
 
 PyTree = Any
 
@@ -87,7 +87,11 @@ def per_fedavg(
     ConfigError: A negative or non-finite rate.
   """
   checks.check_number("inner_learning_rate", inner_learning_rate)
-  return fedavg(meta_loss(loss, inner_learning_rate, False), **options)
+  return fedavg(
+    meta_loss(loss, inner_learning_rate, False),
+    passes=Passes(forwards=2, backwards=2, hessian_products=1),
+    **options,
+  )
 
 
 def first_order_per_fedavg(
@@ -95,4 +99,8 @@ def first_order_per_fedavg(
 ) -> FederatedAlgorithm:
   """`per_fedavg` without second derivatives: the paper's FO variant."""
   checks.check_number("inner_learning_rate", inner_learning_rate)
-  return fedavg(meta_loss(loss, inner_learning_rate, True), **options)
+  return fedavg(
+    meta_loss(loss, inner_learning_rate, True),
+    passes=Passes(forwards=2, backwards=2),
+    **options,
+  )

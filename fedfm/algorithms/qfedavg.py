@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from fedfm import trees
 from fedfm.algorithms import algorithm, checks, round_metrics
 from fedfm.clients import local, measures
-from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn
+from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, Passes
 
+PASSES = Passes(forwards=2)  # One of them `with_sent_loss`.
 _LEAST_LOSS = 1e-10  # A loss of 0 has no power of q - 1.
 
 
@@ -106,5 +107,6 @@ def qfedavg(
       direction=lambda message: message["delta"],
       metrics=metrics,
     ),
+    passes=PASSES,
     **options,
   )

@@ -26,11 +26,13 @@ class Costs(NamedTuple):
     flops_per_step: Of a local step.
     bytes_up: What it sends.
     bytes_down: What it receives.
+    flops_at_start: Of what it does before the first.
   """
 
   flops_per_step: float
   bytes_up: float
   bytes_down: float
+  flops_at_start: float = 0.0
 
 
 class Attendance(NamedTuple):
@@ -87,7 +89,8 @@ class Devices:
       costs: Of a client.
 
     Returns:
-      Seconds of communication and of a local step, [clients] each.
+      Seconds beside the local steps (of communication, and before the first),
+      and of a local step, [clients] each.
     """
     hashes = _hashes(ids)
 
@@ -99,8 +102,11 @@ class Devices:
       + costs.bytes_up / (self.up_bytes_per_second * factor("up"))
       + costs.bytes_down / (self.down_bytes_per_second * factor("down"))
     )
-    a_step = costs.flops_per_step / (self.flops_per_second * factor("speed"))
-    return communication, a_step
+    speed = self.flops_per_second * factor("speed")
+    return (
+      communication + costs.flops_at_start / speed,
+      costs.flops_per_step / speed,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,14 +198,14 @@ class Realism:
     share = self.least_work + (1 - self.least_work) * share
     done = np.maximum(np.ceil(share * asked), 1).astype(np.int64)
     done = np.minimum(done, asked)
-    communication, a_step = self.devices.seconds(self.seed, ids, costs)
+    beside, a_step = self.devices.seconds(self.seed, ids, costs)
     stays = _uniform("dropout", self.seed, round_index, hashes) >= self.dropout
     if self.deadline and self.late == "partial":
-      left = np.maximum(self.deadline - communication, 0)
+      left = np.maximum(self.deadline - beside, 0)
       fits = np.floor(left / np.maximum(a_step, np.finfo(float).tiny))
       done = np.minimum(done, np.minimum(fits, 2**31)).astype(np.int64)
       stays &= done > 0
-    seconds = communication + done * a_step
+    seconds = beside + done * a_step
     if self.deadline and self.late == "drop":
       stays &= seconds <= self.deadline
     return Attendance(stays, done, np.where(stays, seconds, np.inf))
