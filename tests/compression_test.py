@@ -30,6 +30,7 @@ MESSAGE = {
   "matrices": jnp.asarray(X),
   "vector": jnp.asarray(X[0, 0, :7]),
   "count": jnp.arange(3),
+  "number": jnp.float32(0.3),  # Such as FedNova's length.
 }
 
 
@@ -129,8 +130,8 @@ def test_low_rank_matrices_pass_power_sgd_and_rotation_helps():
 
 
 def test_bytes_by_hand():
-  # 3 matrices of 10 x 20, a vector of 7, and 3 integers of 4 bytes.
-  integers = 12
+  # 3 matrices of 10 x 20, a vector of 7; 3 integers and a number of 4 bytes.
+  as_they_are = 12 + 4
   expected = {
     "bfloat16": 2 * 600 + 2 * 7,
     "int8": (600 + 4) + (7 + 4),
@@ -145,11 +146,11 @@ def test_bytes_by_hand():
   }
   assert expected.keys() == ALL.keys()
   for name, count in expected.items():
-    assert ALL[name].num_bytes(MESSAGE) == count + integers, name
+    assert ALL[name].num_bytes(MESSAGE) == count + as_they_are, name
     shapes = jax.eval_shape(lambda: MESSAGE)
-    assert ALL[name].num_bytes(shapes) == count + integers, name
+    assert ALL[name].num_bytes(shapes) == count + as_they_are, name
     fed_back = compression.uplink(ALL[name])
-    assert fed_back.num_bytes(MESSAGE) == count + integers, name
+    assert fed_back.num_bytes(MESSAGE) == count + as_they_are, name
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -164,10 +165,12 @@ def test_shapes_stay_and_error_feedback_sums_to_the_truth(name):
     key = jax.random.fold_in(jax.random.key(1), step)
     received, state = apply(message, state, info(key))
     assert jax.tree.map(spec, received) == jax.tree.map(spec, message)
-    np.testing.assert_array_equal(received["count"], message["count"])
+    for leaf in ("count", "number"):
+      np.testing.assert_array_equal(received[leaf], message[leaf])
     total += message["matrices"]
     sent += received["matrices"]
   if name in WITH_FEEDBACK:
+    assert state[0]["count"] == state[0]["number"] == ()
     residual = np.asarray(state[0]["matrices"])
     np.testing.assert_allclose(sent + residual, total, rtol=1e-4, atol=1e-4)
     assert np.abs(residual).max() > 0.1  # Something was lost on the way.

@@ -24,7 +24,7 @@ def leafwise(
   leaf_bytes: Callable[[tuple[int, ...]], int],
   needs_feedback: bool = False,
 ) -> MessageTransform:
-  """Compresses every floating tensor by itself; others are sent as they are.
+  """Compresses every tensor by itself; what is none is sent as it is.
 
   Args:
     compress: `compress(x, key) -> what is received`, of the same shape.
@@ -39,7 +39,7 @@ def leafwise(
     leaves, treedef = jax.tree.flatten(message)
     sent = []
     for index, x in enumerate(leaves):
-      if is_float(x) and x.size:
+      if is_compressed(x) and x.size:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         key = jax.random.fold_in(info.key, index)
         x = compress(wide, key).astype(x.dtype)
@@ -48,7 +48,7 @@ def leafwise(
 
   def num_bytes(message):
     return sum(
-      leaf_bytes(x.shape) if is_float(x) else trees.num_bytes(x)
+      leaf_bytes(x.shape) if is_compressed(x) else trees.num_bytes(x)
       for x in jax.tree.leaves(message)
       if x.size
     )
@@ -75,18 +75,18 @@ def error_feedback(compressor: MessageTransform) -> MessageTransform:
   """
 
   def init(message):
-    floats = jax.tree.map(lambda x: x if is_float(x) else (), message)
+    floats = jax.tree.map(lambda x: x if is_compressed(x) else (), message)
     return trees.zeros_like(floats), compressor.init(message)
 
   def apply(message, state, info):
     residual, inner = state
-    # Tensors of integers have no residual: () in its place.
+    # What is sent as it is has no residual: () in its place.
     late = jax.tree.map(
-      lambda x, e: x + e if is_float(x) else x, message, residual
+      lambda x, e: x + e if is_compressed(x) else x, message, residual
     )
     sent, inner = compressor.apply(late, inner, info)
     residual = jax.tree.map(
-      lambda p, s: p - s if is_float(p) else (), late, sent
+      lambda p, s: p - s if is_compressed(p) else (), late, sent
     )
     return sent, (residual, inner)
 
@@ -100,9 +100,19 @@ def uplink(compressor: MessageTransform) -> MessageTransform:
   return compressor
 
 
-def is_float(x: Any) -> bool:
-  """Whether a tensor is compressed."""
-  return jnp.issubdtype(x.dtype, jnp.floating)
+def is_compressed(x: Any) -> bool:
+  """Whether a leaf is compressed: neither integers nor a single number.
+
+  A number, such as FedNova's steps, says how to read the rest of a message:
+  there is nothing to gain from it, and much to lose.
+
+  Args:
+    x: An array or a shape.
+
+  Returns:
+    Whether it is a floating tensor of at least one axis.
+  """
+  return jnp.issubdtype(x.dtype, jnp.floating) and bool(x.shape)
 
 
 def check_fraction(fraction: float) -> float:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from fedfm import errors, trees
 from fedfm.clients.transforms import MessageTransform
-from fedfm.compression.compressor import is_float
+from fedfm.compression.compressor import is_compressed
 
 PyTree = Any
 _VALUE_BYTES = 4
@@ -40,15 +40,15 @@ def power_sgd(rank: int = 4) -> MessageTransform:
   if rank < 1:
     raise errors.ConfigError(f"rank: got {rank}, expected at least 1")
 
-  def is_compressed(x):
-    return is_float(x) and x.ndim >= 2 and _factors(x.shape, rank) < x.size
+  def has_factors(x):
+    return is_compressed(x) and x.ndim >= 2 and _factors(x.shape, rank) < x.size
 
   def init(message):
     leaves, treedef = jax.tree.flatten(message)
     first = []
     for index, x in enumerate(leaves):
       q: Any = ()
-      if is_compressed(x):
+      if has_factors(x):
         # The same start for all: any one that is not orthogonal to M will do.
         key = jax.random.fold_in(jax.random.key(0), index)
         shape = (*x.shape[:-2], x.shape[-1], rank)
@@ -61,7 +61,7 @@ def power_sgd(rank: int = 4) -> MessageTransform:
     leaves, treedef = jax.tree.flatten(message)
     sent, new_state = [], []
     for x, q in zip(leaves, treedef.flatten_up_to(state)):
-      if is_compressed(x):
+      if has_factors(x):
         matrix = x.astype(q.dtype)
         p, _ = jnp.linalg.qr(_multiply(matrix, q))
         new = _multiply(jnp.swapaxes(matrix, -1, -2), p)
@@ -75,7 +75,7 @@ def power_sgd(rank: int = 4) -> MessageTransform:
   def num_bytes(message):
     return sum(
       _VALUE_BYTES * _factors(x.shape, rank)
-      if is_compressed(x)
+      if has_factors(x)
       else trees.num_bytes(x)
       for x in jax.tree.leaves(message)
     )
