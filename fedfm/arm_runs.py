@@ -1,19 +1,30 @@
-"""Runs an arm of a comparison: its seeds and rates share a compiled round."""
+"""Runs an arm of a comparison: its seeds and rates share a compiled round.
+
+What was run is kept in a file of the arm's settings, and not run again.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedfm import assembly, errors, personalization
+from fedfm import assembly, errors, personalization, run_folder
+from fedfm import settings as settings_lib
 from fedfm.assembly import Experiment
 from fedfm.settings import Settings
 from fedfm.types import Cohort, ServerState
 
 Case = tuple[int, float]  # Seed, multiple of the client learning rate.
+_LOG = logging.getLogger("fedfm")
 
 
 def expect_metric(name: str, line: Mapping[str, Any]) -> None:
@@ -21,6 +32,64 @@ def expect_metric(name: str, line: Mapping[str, Any]) -> None:
   if name not in line:
     hint = errors.nearest(name, line)
     raise errors.ConfigError(f"metric: got {name!r}{hint}")
+
+
+def kept_runs(
+  settings: Settings,
+  seeds: Sequence[int],
+  metric: str,
+  folder: pathlib.Path,
+  parallel: bool | None,
+) -> Callable[[Sequence[Case]], list[dict[str, Any]]]:
+  """Runs what the arm's file does not hold.
+
+  Args:
+    settings: As in `make_runner`.
+    seeds: As in `make_runner`.
+    metric: As in `make_runner`.
+    folder: Holds the files.
+    parallel: As in `make_runner`.
+
+  Returns:
+    `run(cases) -> runs`, as `make_runner` does, which is called if it has to.
+  """
+  text = json.dumps(settings_lib.to_dict(settings), sort_keys=True)
+  digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+  file = folder / f"arm-{digest}.json"
+  done = _read_runs(file)
+
+  @functools.cache
+  def runner():
+    return make_runner(settings, seeds, metric, parallel)
+
+  def run(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    if missing := [case for case in cases if case not in done]:
+      done.update(zip(missing, runner()(missing), strict=True))
+      run_folder.write_text(file, json.dumps(list(done.values())) + "\n")
+    return [done[case] for case in cases]
+
+  return run
+
+
+def _read_runs(file: pathlib.Path) -> dict[Case, dict[str, Any]]:
+  """Reads the runs of an arm; a file that is damaged is set aside."""
+  if not file.is_file():
+    return {}
+  try:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    runs = {(one["seed"], one["rate"]): one for one in stored}
+    if all(isinstance(one["lines"], list) for one in stored):
+      return runs
+  except (ValueError, KeyError, TypeError):
+    pass
+  aside = file.with_name(file.name + ".damaged")
+  os.replace(file, aside)
+  _LOG.warning(
+    "%s: is damaged; set aside as %s, and its runs are made again",
+    file,
+    aside.name,
+  )
+  return {}
 
 
 def make_runner(
@@ -62,7 +131,9 @@ def make_runner(
         # One compiled evaluation for all, where seeds hold out the same.
         held = own if settings.data.dealt_heldout_fraction else first
         start = own.trainable
-        values = personalization.evaluate_all(held, state, start, base)
+        values = personalization.evaluate_all(
+          held, state, start, base, one["rate"]
+        )
         one["lines"][-1] |= values
 
     for one in runs:

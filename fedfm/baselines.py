@@ -48,6 +48,7 @@ def local_only(
   local_steps: int,
   learning_rate: float | None = None,
   start: tuple[PyTree, PyTree] | None = None,
+  rate: float = 1.0,
 ) -> PyTree:
   """Trains every client alone, on its own data, all in one cohort.
 
@@ -58,6 +59,8 @@ def local_only(
     learning_rate: Default the clients' in the federation.
     start: The trainable that all start from, and its base; default the
       experiment's own.
+    rate: Multiplies the learning rate, as a cohort's does, without another
+      compilation.
 
   Returns:
     The clients' trainables stacked, leaves [len(ids), ...]. A client that
@@ -82,6 +85,7 @@ def local_only(
     seed=s.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    rates=[rate] * len(ids),
     **options,
   )
   run = _train_alone(

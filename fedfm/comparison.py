@@ -6,11 +6,8 @@ program (vmapped), on a CPU one after the other. Finished runs are kept in the
 folder and not run again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
-import hashlib
-import json
 import logging
 import pathlib
 import time
@@ -19,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedfm import arm_runs, errors, optimizers
+from fedfm import arm_runs, comparison_checks, errors, optimizers
 from fedfm import settings as settings_lib
 from fedfm.settings import Settings
 
@@ -69,8 +66,8 @@ def from_dict(values: Mapping[str, Any]) -> Comparison:
     A `Comparison`.
 
   Raises:
-    ConfigError: An unknown field, no arm, or what `Settings` refuses (under the
-      arm's name).
+    ConfigError: An unknown field, one that is mistyped or out of range, no arm,
+      or what `Settings` refuses (under the arm's name).
 
   Examples:
     >>> got = from_dict({"base": {"rounds": 3}, "seeds": (0, 1),
@@ -85,6 +82,7 @@ def from_dict(values: Mapping[str, Any]) -> Comparison:
       raise errors.ConfigError(
         f"{name}: unknown field{errors.nearest(str(name), known)}"
       )
+  comparison_checks.check_fields(values)
   for name in ("arms", "seeds", "metric"):
     if not values.get(name):
       raise errors.ConfigError(f"{name}: missing, expected a value")
@@ -102,6 +100,9 @@ def from_dict(values: Mapping[str, Any]) -> Comparison:
       raise errors.ConfigError(
         f"own_metrics: got {name!r}{errors.nearest(name, arms)}"
       )
+  for name in ("rates", "server_rates"):
+    if name in options:
+      options[name] = tuple(float(rate) for rate in values[name])
   for name in ("seeds", "tuning_seeds"):
     options[name] = tuple(int(seed) for seed in values.get(name, ()))
   return Comparison(arms=arms, **options)
@@ -183,7 +184,7 @@ def run_arm(
     server = dataclasses.replace(
       settings.server, learning_rate=optimizers.server_rate(settings) * multiple
     )
-    every_run[multiple] = _kept_runs(
+    every_run[multiple] = arm_runs.kept_runs(
       dataclasses.replace(settings, server=server),
       [*tuning, *seeds],
       comparison.metric,
@@ -206,33 +207,6 @@ def run_arm(
       _LOG.info("%s: the best, %g, is at an end of those tried", name, best)
   more = [(s, rate) for s in seeds if s not in tuning] if tuning else []
   return runs + runs_of(multiple, more)
-
-
-def _kept_runs(
-  settings: Settings,
-  seeds: Sequence[int],
-  metric: str,
-  folder: pathlib.Path,
-  parallel: bool | None,
-) -> Callable[[Sequence[arm_runs.Case]], list[dict[str, Any]]]:
-  """A function of (seed, rate) pairs that runs those a file does not hold."""
-  text = json.dumps(settings_lib.to_dict(settings), sort_keys=True)
-  digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-  file = folder / f"arm-{digest}.json"
-  stored = json.loads(file.read_text()) if file.is_file() else []
-  done = {(one["seed"], one["rate"]): one for one in stored}
-
-  @functools.cache
-  def runner():
-    return arm_runs.make_runner(settings, seeds, metric, parallel)
-
-  def runs_of(cases):
-    if missing := [case for case in cases if case not in done]:
-      done.update(zip(missing, runner()(missing), strict=True))
-      file.write_text(json.dumps(list(done.values())) + "\n")
-    return [done[case] for case in cases]
-
-  return runs_of
 
 
 def best_rates(

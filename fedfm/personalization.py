@@ -23,6 +23,7 @@ def evaluate_all(
   state: ServerState,
   trainable: PyTree = None,
   base: PyTree = None,
+  rate: float = 1.0,
 ) -> dict[str, float]:
   """Evaluates the global model, and those of `evaluate`.
 
@@ -31,11 +32,12 @@ def evaluate_all(
     state: The server state.
     trainable: As in `evaluate`.
     base: As in `evaluate`.
+    rate: As in `evaluate`.
 
   Returns:
     {"eval/<population>/<metric>": value over clients}, of all models.
   """
-  own = evaluate(experiment, state, trainable, base)
+  own = evaluate(experiment, state, trainable, base, rate)
   base = experiment.base if base is None else base
   base = experiment.algorithm.effective_base(state, base)
   model = experiment.algorithm.effective_trainable(state)
@@ -47,6 +49,7 @@ def evaluate(
   state: ServerState,
   trainable: PyTree = None,
   base: PyTree = None,
+  rate: float = 1.0,
 ) -> dict[str, float]:
   """Evaluates the models of clients that have one of their own.
 
@@ -55,6 +58,8 @@ def evaluate(
     state: The server state.
     trainable: What new clients are given; default the experiment's initial one.
     base: Frozen weights; default the experiment's.
+    rate: Multiplies the learning rate of fine-tuning, as that of the rounds
+      was.
 
   Returns:
     {"eval/<population>/personal_<metric>": value over clients} where the
@@ -66,7 +71,7 @@ def evaluate(
   values = {}
   for kind, found in (
     ("personal", evaluate_personal(experiment, state, trainable, base)),
-    ("finetuned", evaluate_finetuned(experiment, state, base)),
+    ("finetuned", evaluate_finetuned(experiment, state, base, rate)),
   ):
     for population, sums in found.items():
       for name, value in evaluation.summarise(sums).items():
@@ -197,7 +202,10 @@ def _run_personal(
 
 
 def evaluate_finetuned(
-  experiment: Experiment, state: ServerState, base: PyTree
+  experiment: Experiment,
+  state: ServerState,
+  base: PyTree,
+  rate: float = 1.0,
 ) -> dict[str, dict[str, Any]]:
   """Evaluates every client that trains after it tuned the global model.
 
@@ -209,6 +217,7 @@ def evaluate_finetuned(
     experiment: Its populations, algorithm and settings.
     state: The server state.
     base: Frozen weights, before `effective_base`.
+    rate: As in `evaluate`.
 
   Returns:
     As `Experiment.evaluate_clients`; nothing where no steps are asked for.
@@ -225,7 +234,7 @@ def evaluate_finetuned(
     if not ids:
       continue
     tuned = baselines.local_only(
-      experiment, ids, steps, start=(trainable, base)
+      experiment, ids, steps, start=(trainable, base), rate=rate
     )
     cohort = experiment.pack_to_evaluate(data_lib.subset(source, ids))
     with jax.set_mesh(experiment.mesh):

@@ -1,6 +1,7 @@
 """Comparisons: seeds share a program and equal runs of their own."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -10,6 +11,8 @@ import tiny
 from fedfm import arm_runs, comparison, errors, experiment, metrics
 
 METRIC = "eval/unseen/loss"
+TUNED = "eval/seen/finetuned_loss"
+EVAL = {"finetune_steps": 1}
 ONE = {"seed": 0, "rate": 1.0, "server_rate": 1.0}
 
 
@@ -22,7 +25,7 @@ def folder(tmp_path_factory):
 def compared(folder):
   return comparison.from_dict(
     {
-      "base": tiny.config(folder),
+      "base": tiny.config(folder, eval=EVAL),
       "arms": {
         "fedavg": {},
         "fedadam": {
@@ -48,22 +51,60 @@ def test_a_seed_of_an_arm_equals_a_run_of_its_own(results, folder):
   with tiny.one_device():
     config = tiny.config(folder, seed=4)
     experiment.train(config, folder / "own")
-    config = tiny.config(folder, seed=4, client={"learning_rate": 0.25})
+    half = {"learning_rate": 0.25}
+    config = tiny.config(folder, seed=3, client=half, eval=EVAL)
     experiment.train(config, folder / "half")
   runs = {(one["seed"], one["rate"]): one for one in results["fedavg"]}
   assert set(runs) == {(3, 1.0), (4, 1.0), (3, 0.5), (4, 0.5)}
-  for name, case in (("own", (4, 1.0)), ("half", (4, 0.5))):
+  for name, case in (("own", (4, 1.0)), ("half", (3, 0.5))):
     lines = metrics.read(folder / name)
     assert [x["round"] for x in lines] == [0, 1, 2]
     for own, line in zip(lines, runs[case]["lines"], strict=True):
-      for key in {METRIC, "train/loss", "comm/bytes_up"} & set(own):
+      for key in {METRIC, TUNED, "train/loss", "comm/bytes_up"} & set(own):
         assert line[key] == pytest.approx(own[key], rel=1e-5), (name, key)
   assert runs[3, 1.0]["lines"][-1] != runs[4, 1.0]["lines"][-1]
+  assert TUNED in metrics.read(folder / "half")[-1]
 
 
 def test_finished_arms_are_read_back(compared, results, folder, monkeypatch):
   monkeypatch.setattr(arm_runs, "make_runner", None)
   assert comparison.run(compared, folder / "out") == results
+
+
+@pytest.mark.parametrize("left", ['[{"seed": 3, "ra', '{"seed": 3}', "[3]"])
+def test_a_file_that_was_cut_off_is_set_aside(
+  left, compared, tmp_path, monkeypatch, caplog
+):
+  made = []
+
+  def make_runner(settings, seeds, metric, parallel):
+    def run(cases):
+      made.extend(cases)
+      return [{"seed": s, "rate": r, "lines": []} for s, r in cases]
+
+    return run
+
+  monkeypatch.setattr(arm_runs, "make_runner", make_runner)
+  arguments = (compared.arms["fedavg"], (3,), METRIC, tmp_path, None)
+  runs = arm_runs.kept_runs(*arguments)([(3, 1.0)])
+  (file,) = tmp_path.iterdir()
+  whole = file.read_text()
+  file.write_text(left)
+  assert arm_runs.kept_runs(*arguments)([(3, 1.0)]) == runs
+  assert made == [(3, 1.0)] * 2 and file.read_text() == whole
+  aside = file.with_name(f"{file.name}.damaged")
+  assert aside.read_text() == left and set(tmp_path.iterdir()) == {file, aside}
+  (warning,) = caplog.messages
+  assert str(file) in warning and "set aside" in warning
+
+  # A kill while the file is written leaves the runs before.
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "replace", full)
+  with pytest.raises(errors.SaveError, match="No space left"):
+    arm_runs.kept_runs(*arguments)([(4, 1.0)])
+  assert file.read_text() == whole
 
 
 def test_tuning_seeds_choose_the_rate_that_all_seeds_run_with(
@@ -234,6 +275,31 @@ def test_curves_count_rounds_and_megabytes(compared, results):
     ({"arms": {"a": {"round": 1}}}, "^arms.a.round: .*'rounds'"),
     ({"arms": {"a": {"rounds": 0}}}, "^arms.a.rounds: got 0"),
     ({"own_metrics": {"b": METRIC}}, "^own_metrics: got 'b' .*known: a"),
+    ({"seeds": ()}, "^seeds: missing"),
+    ({"seeds": 5}, "^seeds: got 5, expected a list of integers"),
+    ({"seeds": 0}, "^seeds: got 0, expected a list"),
+    ({"seeds": ("x",)}, "^seeds: got 'x', expected integers from 0 to"),
+    ({"seeds": (0, 1.7)}, "^seeds: got 1.7, expected integers"),
+    ({"seeds": (True,)}, "^seeds: got True, expected integers"),
+    ({"seeds": (-1,)}, "^seeds: got -1, expected integers from 0"),
+    ({"seeds": (0, 0)}, "^seeds: got 0, expected each one once"),
+    ({"tuning_seeds": 7}, "^tuning_seeds: got 7, expected a list"),
+    ({"own_metrics": 3}, "^own_metrics: got 3, expected {arm"),
+    ({"own_metrics": {"a": 3}}, "^own_metrics.a: got 3, expected the name"),
+    ({"arms": ["a"]}, r"^arms: got \['a'\], expected for each name"),
+    ({"arms": {"a": 3}}, "^arms.a: got 3, expected fields of the settings"),
+    ({"base": 3}, "^base: got 3, expected fields of the settings"),
+    ({"rates": ()}, r"^rates: got \(\), expected a list of at least one"),
+    ({"server_rates": ()}, r"^server_rates: got \(\), expected a list"),
+    ({"rates": ("a",)}, "^rates: got 'a', expected finite numbers above 0"),
+    ({"rates": (-1.0,)}, "^rates: got -1.0, expected finite numbers above 0"),
+    ({"rates": (float("nan"),)}, "^rates: got nan, expected finite numbers"),
+    ({"rates": (1.0, 1)}, "^rates: got 1, expected each one once"),
+    ({"target": "x"}, "^target: got 'x', expected a finite number, or None"),
+    ({"metric": 5}, "^metric: got 5, expected the name of a metric"),
+    ({"columns": "abc"}, "^columns: got 'abc', expected a list of names"),
+    ({"columns": (1,)}, "^columns: got 1, expected the name of a metric"),
+    ({"higher_is_better": "no"}, "^higher_is_better: got 'no', expected True"),
   ],
 )
 def test_bad_comparisons_are_named(changes, message):

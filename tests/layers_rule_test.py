@@ -57,6 +57,7 @@ EXPERIMENT = {
   "blueprint",
   "choices",
   "comparison",
+  "comparison_checks",
   "dispatch",
   "experiment",
   "host_memory",
