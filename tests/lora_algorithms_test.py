@@ -19,7 +19,8 @@ import optax
 import pytest
 import reference
 
-from fedfm import data, errors
+from fedfm import adapters, data, errors
+from fedfm.algorithms import client_ranks
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -237,6 +238,28 @@ def test_personal_models():
           else:
             expected = (shared["a"] @ shared["b"] + mine["a"] @ mine["b"]) / 2
           np.testing.assert_allclose(got[path], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scales_of_clients_with_one_alpha(use_rslora):
+  ranks, alpha = (1, 2, 3), 6
+  adapter = adapters.lora(
+    problem.MODEL,
+    rank=3,
+    alpha=alpha,
+    targets=["w", "out"],
+    use_rslora=use_rslora,
+  )
+
+  def scales(client_alpha):
+    population = client_ranks.client_ranks(adapter, ranks, client_alpha)
+    relative = population.relative_scale(jnp.asarray(ranks))
+    return adapter.config["scale"] * relative
+
+  power = 0.5 if use_rslora else 1
+  expected = alpha / np.array(ranks) ** power
+  np.testing.assert_allclose(scales("equal"), expected, rtol=1e-6)
+  np.testing.assert_allclose(scales("proportional"), expected[-1], rtol=1e-6)
 
 
 def _full():

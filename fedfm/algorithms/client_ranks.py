@@ -33,7 +33,8 @@ class ClientRanks:
     highest: The adapter's rank.
     client_alpha: "proportional": alpha_i grows with the rank r_i, and all have
       the adapter's scale s. "equal": alpha_i = alpha, and s_i = alpha / r_i.
-    rslora: Whether "equal" means alpha / sqrt(r_i).
+    rslora: Whether scales are by the root of the rank (arXiv 2312.03732), so
+      that "equal" means s_i = alpha / sqrt(r_i).
   """
 
   ranks: tuple[int, ...]
@@ -118,11 +119,6 @@ def client_ranks(
     raise errors.ConfigError(
       f"client_alpha: got {client_alpha!r}"
       f"{errors.nearest(client_alpha, CLIENT_ALPHAS)}"
-    )
-  if client_alpha == "equal" and adapter.config["use_rslora"]:
-    raise errors.ConfigError(
-      "client_alpha: got 'equal', which is alpha / rank, but rsLoRA's scale is "
-      "alpha / sqrt(rank): expected 'proportional'"
     )
   return ClientRanks(
     ranks=tuple(ranks) or (highest,),
