@@ -3,9 +3,9 @@
 python scripts/train.py --config=configs/diloco.py --workdir=/tmp/run
 
 Four replicas share Python's standard library, iid; each takes 16 inner AdamW
-steps a round, and its moments stay with it. Other recipes by flags:
+steps a round, and its moments stay with it. Photon's recipe has a file of its
+own, `photon.py`. Others are by flags:
 
-  --config.algorithm=photon --config.server.learning_rate=1.0
   --config.algorithm=streaming_diloco --config.communication.up=e3m0 \
     --config.algorithm_options.overlap=2 --config.client.local_steps=64
   --config.sampler=elastic --config.sampler_options.counts="(1,2,4)" \

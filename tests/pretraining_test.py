@@ -25,6 +25,12 @@ def get_config(name):
 def test_the_shipped_configs_are_settings():
   plain = settings.from_dict(get_config("diloco"))
   assert plain.clients_per_round == plain.data.num_clients
+  # Photon's recipe: averaging as it is, and smaller batches at a higher rate.
+  photon = settings.from_dict(get_config("photon"))
+  assert photon.algorithm == "photon" and photon.server.learning_rate == 1
+  assert photon.client.batch_size < plain.client.batch_size
+  assert photon.client.learning_rate > plain.client.learning_rate
+  assert photon.client.optimizer == "adamw"
   compared = get_config("compare_diloco")
   for name, arm in compared["arms"].items():
     merged = {**compared["base"], **arm}

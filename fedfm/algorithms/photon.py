@@ -3,8 +3,9 @@
 w <- sum_m p_m w_m,   w_m after H steps of AdamW from w
 
 The outer optimizer is plain averaging, eta = 1 and mu = 0. What makes it work
-is in the config: small batches and a learning rate as high as averaging over
-replicas bears. AdamW's state is kept with the replica, as in DiLoCo.
+is in the config (`configs/photon.py`): small batches and a learning rate as
+high as averaging over replicas bears. AdamW's state is kept with the replica,
+as in DiLoCo.
 """
 
 import optax
