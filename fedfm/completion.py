@@ -1,7 +1,7 @@
 """Text in, text out: continues a prompt with a model, adapted or not."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from fedfm import errors
 from fedfm.data import instructions
 from fedfm.data.prompt_formats import PromptFormat
-from fedfm.data.tokenizers import Tokenizer
+from fedfm.data.tokenizers import Tokenizer, special_pattern
 from fedfm.models import generation
 from fedfm.models.model import Model
 
@@ -35,7 +35,7 @@ def generate_text(
     params: Leading arguments of `apply`.
     tokenizer: The tokenizer that the model was trained with.
     prompt: The text to continue; may be empty.
-    max_new_tokens: Most tokens to add; an `eos` ends earlier.
+    max_new_tokens: Most tokens to add; what ends a text ends earlier.
     seed: Of the sampling, in [0, 2**32).
     apply: Default `model.apply`; with an adapter, `adapter.apply` and
       `params = (base, trainable)`.
@@ -64,6 +64,7 @@ def generate_text(
       f"max_new_tokens: got {max_new_tokens} after a prompt of {len(tokens)} "
       f"tokens, but the model's longest sequence is {longest}"
     )
+  end = ending(tokenizer, prompt_format)
   generated = generation.generate(
     apply or model.apply,
     cast("Callable[..., PyTree]", model.init_cache),
@@ -71,17 +72,89 @@ def generate_text(
     tokens[None],
     max_new_tokens=max_new_tokens,
     key=jax.random.key(seed),
-    eos=tokenizer.eos,
+    eos=end.ids,
     **sampling,
   )
   length = int(generated.lengths[0])
-  added = np.asarray(generated.tokens[0, :length])
+  added = end.without(np.asarray(generated.tokens[0, :length]))
   # Decoded as one text: a piece may be written otherwise at its start.
   before, text = (
     tokenizer.decode(x) for x in (tokens, np.concatenate([tokens, added]))
   )
   whole = text.startswith(before)
-  return text.removeprefix(before) if whole else tokenizer.decode(added)
+  return end.cut(
+    text.removeprefix(before) if whole else tokenizer.decode(added)
+  )
+
+
+class Ending(NamedTuple):
+  """What ends a generated text.
+
+  Attributes:
+    ids: Tokens, each of which does; the tokenizer's `eos` first.
+    text: What does where no token is it; "" where one is.
+  """
+
+  ids: tuple[int, ...]
+  text: str
+
+  def without(self, tokens: np.ndarray) -> np.ndarray:
+    """Drops the token that ended them, where one did."""
+    return tokens[:-1] if len(tokens) and tokens[-1] in self.ids else tokens
+
+  def cut(self, text: str) -> str:
+    """Drops the text that ends and what the model went on with."""
+    return text.partition(self.text)[0] if self.text else text
+
+
+def ending(
+  tokenizer: Tokenizer, prompt_format: PromptFormat | None = None
+) -> Ending:
+  """Finds what ends a text: where the training of a format taught it.
+
+  Args:
+    tokenizer: Its `eos`, `stops` and `specials` are looked at.
+    prompt_format: How the prompt is written, or None.
+
+  Returns:
+    The `Ending`.
+
+  Examples:
+    >>> from fedfm.data import byte_tokenizer, prompt_formats
+    >>> chatml = prompt_formats.builtin("chatml")
+    >>> ending(byte_tokenizer(), chatml)
+    Ending(ids=(257,), text='<|im_end|>')
+    >>> ending(byte_tokenizer()._replace(specials={"<|im_end|>": 260}), chatml)
+    Ending(ids=(257, 260), text='')
+  """
+  ids, text = [tokenizer.eos, *tokenizer.stops], ""
+  if prompt_format is not None:
+    text = prompt_format.end
+    if found := special_pattern(tokenizer).search(text):
+      ids.append(tokenizer.specials[found[0]])
+      text = text[: found.start()]
+  return Ending(tuple(dict.fromkeys(ids)), text.strip())
+
+
+def check_decoder(model: Model, tokenizer: Tokenizer | None) -> Tokenizer:
+  """Refuses a model that continues no text.
+
+  Args:
+    model: Any.
+    tokenizer: Its own, or None.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    ConfigError: It is no decoder, or has no tokenizer.
+  """
+  if tokenizer is None or model.init_cache is None:
+    raise errors.ConfigError(
+      f"model: a {type(model.config).__name__} generates no text, expected a "
+      "decoder"
+    )
+  return tokenizer
 
 
 def prompt_tokens(

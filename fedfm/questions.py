@@ -233,7 +233,8 @@ def exact_match(
     params: Its leading arguments.
     tokenizer: The model's.
     questions: Whose answers are texts.
-    max_new_tokens: Most tokens of an answer; `eos` ends it earlier.
+    max_new_tokens: Most tokens of an answer; what ends a text (see
+      `completion.ending`) ends it earlier.
     prompt_format: How a question is written; default as it is.
     batch_size: Questions that are answered at once.
 
@@ -264,6 +265,7 @@ def exact_match(
   # Of like length together: a batch starts from its shortest prompt.
   order = np.argsort(lengths, kind="stable")
   right = np.zeros(len(questions))
+  end = completion.ending(tokenizer, prompt_format)
   for begin in range(0, len(order), batch_size):
     own = np.arange(begin, begin + batch_size)
     own = order[np.minimum(own, len(order) - 1)]
@@ -274,10 +276,10 @@ def exact_match(
       padded[own],
       prompt_lengths=lengths[own],
       max_new_tokens=max_new_tokens,
-      eos=tokenizer.eos,
+      eos=end.ids,
     )
     for row, tokens, count in zip(own, *jax.device_get(generated)):
-      text = tokenizer.decode(tokens[:count]).strip()
+      text = end.cut(tokenizer.decode(end.without(tokens[:count]))).strip()
       right[row] = text == str(questions[row].answer).strip()
   return {"exact_match": right}
 

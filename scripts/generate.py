@@ -67,11 +67,7 @@ def load():
 
 def main():
   folder, model, params, tokenizer, apply = load()
-  if tokenizer is None or model.init_cache is None:
-    raise errors.ConfigError(
-      f"model: a {type(model.config).__name__} generates no text, expected a "
-      "decoder"
-    )
+  tokenizer = completion.check_decoder(model, tokenizer)
   prompt_format = None
   if _TEMPLATE.value:
     prompt_format = prompt_formats.load(_TEMPLATE.value, pathlib.Path(folder))

@@ -93,6 +93,37 @@ def test_eos_ends_a_row_and_fills_it():
   assert int(got.lengths[0]) <= 3
 
 
+def test_any_of_several_tokens_ends_a_row():
+  free = run().tokens.tolist()
+  stops = [free[0][2], free[1][1]]
+  got = run(eos=stops)
+  for row, length, want in zip(got.tokens.tolist(), got.lengths, free):
+    end = next((i + 1 for i, x in enumerate(want) if x in stops), NEW)
+    assert int(length) == end
+    assert row == want[:end] + stops[:1] * (NEW - end)
+  assert got.lengths.tolist() != [NEW] * 3
+  with pytest.raises(errors.ConfigError, match="eos: got 13, expected 0 to 12"):
+    run(eos=[0, VOCAB])
+
+
+def test_other_tokens_that_end_a_row_compile_nothing():
+  model, params = make()
+  traced = []
+
+  def apply(params, tokens, *, positions=None, cache=None):
+    traced.append(isinstance(cache["index"], jax.core.Tracer))
+    return model.apply(params, tokens, positions=positions, cache=cache)
+
+  counts = []
+  for stops in ([1, 2], [3, 4], [5, 1]):
+    traced.clear()
+    generation.generate(
+      apply, model.init_cache, (params,), PROMPTS, max_new_tokens=2, eos=stops
+    )
+    counts.append(len(traced))
+  assert counts[1] == counts[2] < counts[0]
+
+
 def test_eos_inside_a_prompt_does_not_end_it():
   prompts = PROMPTS.copy()
   free = run(prompts, prompt_lengths=np.array([2, 6, 6]))

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from fedfm import errors
-from fedfm.data import prompt_formats, tokenizers
+from fedfm import completion, errors
+from fedfm.data import prompt_formats, special_tokens, tokenizers
 
 CHATML = (
   "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content']"
@@ -35,7 +35,7 @@ def test_builtin_formats_hold_what_they_are_given(name):
     before, after = form.render("the {context}", context, "say {prompt}")
     assert before.count("the {context}") == 1 and after.startswith("say {p")
     assert context in before and "{turn}" not in before + after
-    assert (len(after) > len("say {prompt}")) == form.ends
+    assert after == "say {prompt}" + form.end
 
 
 def test_names_are_checked(tmp_path):
@@ -58,9 +58,9 @@ def test_a_chat_template_is_rendered_as_its_format(tmp_path):
     prompt_formats.load(str(tmp_path / "own.jinja"), tmp_path),
   ):
     assert form.render("a", "b", "c") == built_in.render("a", "b", "c")
-    assert (form.ends, form.starts) == (True, False)
+    assert (form.end, form.starts) == ("<|im_end|>\n", False)
   llama = load(tmp_path, LLAMA2, bos_token="<s>", eos_token={"content": "</s>"})
-  assert (llama.ends, llama.starts) == (True, True)
+  assert (llama.end, llama.starts) == (" </s>", True)
   assert llama.render("a", "", "c") == ("<s>[INST] a [/INST]", " c </s>")
   (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
   with pytest.raises(errors.DataError, match="chat_template.jinja: "):
@@ -90,6 +90,19 @@ def test_without_jinja_a_template_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "jinja2", None)
   with pytest.raises(errors.DataError, match="needs the package jinja2"):
     load(tmp_path, CHATML)
+
+
+def test_several_tokens_end_a_text(tmp_path):
+  texts = {"<s>": 1, "</s>": 2}
+  (tmp_path / "config.json").write_text('{"eos_token_id": [2, 5, true, "x"]}')
+  found = special_tokens.read(tmp_path, texts.get, (1, None))
+  assert (found.bos, found.eos, found.stops) == (1, 2, (5,))
+  (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+  (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+  found = special_tokens.read(tmp_path, texts.get)
+  assert (found.eos, found.stops) == (1, (7, 2, 5))
+  tokenizer = tokenizers.byte_tokenizer()._replace(stops=found.stops)
+  assert completion.ending(tokenizer).ids == (257, 7, 2, 5)
 
 
 def test_special_tokens_in_a_template_are_tokens():

@@ -1,5 +1,6 @@
 """Questions to a model: scores against its logits, answers against its own."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedfm import completion, data, errors, questions
-from fedfm.data import prompt_formats
+from fedfm.data import prompt_formats, tokenizers
 from fedfm.models import DecoderConfig, decoder, losses
 
 BYTES = data.byte_tokenizer()
@@ -118,6 +119,48 @@ def test_an_answer_is_what_the_model_goes_on_with(model, tmp_path):
       questions.read(path, choices=False),
       max_new_tokens=30,
     )
+
+
+@pytest.mark.parametrize("specials", [{}, {"<|im_end|>": 260}])
+def test_an_answer_ends_where_its_format_ends_it(model, specials):
+  """The model says what the training of the format teaches, and goes on."""
+  model, _ = model
+  tokenizer = BYTES._replace(specials=specials)
+  form = prompt_formats.builtin("chatml")
+  model = model._replace(
+    config=dataclasses.replace(model.config, max_length=99)
+  )
+  start = len(completion.prompt_tokens(tokenizer, "a?", form))
+  _, after = form.render("a?", "", "yes")
+  said, _ = tokenizers.encode_marked(tokenizer, after + "junk" * 9)
+  steps = []
+
+  def apply(params, tokens, *, positions, cache):
+    jax.debug.callback(lambda p: steps.append(int(p)), positions[0, -1])
+    new = params[positions - (start - 1)]
+    cache = cache | {"index": cache["index"] + tokens.shape[1]}
+    return jax.nn.one_hot(new, 272), cache
+
+  arguments = (jax.numpy.asarray(said),)
+  text = completion.generate_text(
+    model,
+    arguments,
+    tokenizer,
+    "a?",
+    apply=apply,
+    prompt_format=form,
+    max_new_tokens=30,
+  )
+  jax.effects_barrier()
+  assert text == "yes"
+  # Where one token is the end, nothing is generated after it.
+  assert max(steps) - start + 2 == (4 if specials else 30)
+  asked = [questions.Question("q:1", "all", "a?", (), "yes")]
+  found = questions.exact_match(
+    model, apply, arguments, tokenizer, asked, max_new_tokens=30,
+    prompt_format=form, batch_size=1,
+  )  # fmt: skip
+  assert found["exact_match"].tolist() == [1]
 
 
 @pytest.mark.parametrize(

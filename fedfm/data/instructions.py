@@ -159,7 +159,7 @@ def _encode(
   # What a template adds is predicted too, but is none of the response's bytes.
   total = len(response.encode(errors="replace"))
   sizes = tokenizers.bytes_of_spans(np.cumsum(sizes), total)
-  if not prompt_format.ends:
+  if not prompt_format.end:
     second = np.append(second, np.int32(tokenizer.eos))
     sizes = np.append(sizes, np.int32(0))
   return Example(first, second, sizes)

@@ -18,6 +18,7 @@ from fedfm.data import special_tokens
 
 _SUFFIX = ".jinja"
 _FILE = "chat_template.jinja"
+_PROBE = "qzq"  # A text to find again in what a template makes of it.
 
 
 class PromptFormat(NamedTuple):
@@ -27,14 +28,14 @@ class PromptFormat(NamedTuple):
     name: Written to messages.
     render: `render(prompt, context, response) -> (before, response)`: texts, of
       which the second is trained on. `context` may be "".
-    ends: Whether the second text ends with a token that closes it; else the
-      tokenizer's `eos` is put after it.
+    end: What closes the second text; where "", the tokenizer's `eos` is put
+      after it.
     starts: Whether the first begins with a start token of its own.
   """
 
   name: str
   render: Callable[[str, str, str], tuple[str, str]]
-  ends: bool = False
+  end: str = ""
   starts: bool = False
 
 
@@ -126,7 +127,7 @@ def builtin(name: str) -> PromptFormat:
     )
     return before, response + text.end
 
-  return PromptFormat(name, render, ends=bool(text.end), starts=text.starts)
+  return PromptFormat(name, render, end=text.end, starts=text.starts)
 
 
 def load(name: str, directory: pathlib.Path) -> PromptFormat:
@@ -249,15 +250,16 @@ def _of_template(
       )
     return before, whole.removeprefix(before)
 
-  after = render("a", "", "b")[1]
-  if "b" not in after:
+  before, after = render(_PROBE, "", _PROBE)
+  if _PROBE not in after:
     raise errors.DataError(f"{where}: leaves the response out")
+  end = after.rpartition(_PROBE)[2]
   bos = fixed["bos_token"]
   return PromptFormat(
     where,
     render,
-    ends=bool(after.strip().rpartition("b")[2]),
-    starts=bool(bos) and render("a", "", "b")[0].startswith(bos),
+    end=end if end.strip() else "",
+    starts=bool(bos) and before.startswith(bos),
   )
 
 

@@ -96,6 +96,7 @@ def _tokenizer(
     name=f"sentencepiece:{path.name}:{size}",
     measure=measure,
     specials=specials.by_text | {pieces[i]: i for i in control},
+    stops=tuple(i for i in specials.stops if i < size),
   )
 
 

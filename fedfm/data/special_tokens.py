@@ -10,16 +10,26 @@ from fedfm import errors
 CONFIG = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _MODEL = "config.json"
+_GENERATION = "generation_config.json"
 _NAMES = ("bos", "eos", "pad")
 
 
 class SpecialTokens(NamedTuple):
-  """Ids of the special tokens, and all of them by their text."""
+  """Ids of the special tokens, and all of them by their text.
+
+  Attributes:
+    bos: Starts a text.
+    eos: Ends it.
+    pad: Fills up.
+    by_text: All by their text.
+    stops: What may end a text besides: an answer in a chat, say.
+  """
 
   bos: int
   eos: int
   pad: int
   by_text: dict[str, int]
+  stops: tuple[int, ...] = ()
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -56,7 +66,8 @@ def read(
 
   By their texts in tokenizer_config.json, else in special_tokens_map.json, else
   by their ids in config.json. Where only one of start and end is known it is
-  both: a document starts where the last ended.
+  both: a document starts where the last ended. What else ends a text is in
+  generation_config.json, or config.json has several ends.
 
   Args:
     directory: The model's folder.
@@ -74,7 +85,7 @@ def read(
   found: dict[str, int | None] = {}
   for name in _NAMES:
     text = texts.get(name)
-    found[name] = _of_config(config.get(f"{name}_token_id"))
+    found[name] = next(iter(_ids(config, name)), None)
     if text is not None:
       found[name] = id_of(text)
       if found[name] is None:
@@ -94,7 +105,9 @@ def read(
   by_text |= {
     text: i for text in texts.values() if (i := id_of(text)) is not None
   }
-  return SpecialTokens(bos, eos, eos if pad is None else pad, by_text)
+  ends = _ids(read_json(directory / _GENERATION), "eos") + _ids(config, "eos")
+  stops = tuple(dict.fromkeys(i for i in ends if i != eos))
+  return SpecialTokens(bos, eos, eos if pad is None else pad, by_text, stops)
 
 
 def texts_of(directory: pathlib.Path) -> dict[str, str]:
@@ -120,9 +133,8 @@ def added(directory: pathlib.Path) -> Iterator[tuple[str, int]]:
       yield token["content"], int(index)
 
 
-def _of_config(value: Any) -> int | None:
-  """Reads an id of config.json: a number, or several of which one counts."""
-  if isinstance(value, list) and value:
-    value = value[0]
-  is_id = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-  return value if is_id else None
+def _ids(config: dict[str, Any], name: str) -> list[int]:
+  """Reads the ids of a token in config.json: a number, or several."""
+  value = config.get(f"{name}_token_id")
+  values = value if isinstance(value, list) else [value]
+  return [i for i in values if type(i) is int and i >= 0]

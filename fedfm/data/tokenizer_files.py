@@ -176,4 +176,5 @@ def _of_library(
     name=f"{name}:{size}",
     measure=measure,
     specials=by_text | specials.by_text,
+    stops=tuple(i for i in specials.stops if i < size),
   )

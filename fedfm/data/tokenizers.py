@@ -24,6 +24,7 @@ class Tokenizer(NamedTuple):
     measure: Text -> ids as of `encode`, and int32 [tokens], the bytes of the
       text that each stands for: in sum all of them, for bits per byte.
     specials: Special tokens by the text that templates write them as.
+    stops: Other ids that end a generated text, besides `eos`.
   """
 
   encode: Callable[[str | bytes], np.ndarray]
@@ -35,6 +36,7 @@ class Tokenizer(NamedTuple):
   name: str
   measure: Callable[[str | bytes], tuple[np.ndarray, np.ndarray]]
   specials: Mapping[str, int] = types.MappingProxyType({})
+  stops: tuple[int, ...] = ()
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -115,6 +117,12 @@ def bytes_of_spans(ends: Sequence[int] | np.ndarray, total: int) -> np.ndarray:
   return np.diff(reached, prepend=0).astype(np.int32)
 
 
+def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+  """Matches a special token where a text has it written out."""
+  longest_first = sorted(tokenizer.specials, key=len, reverse=True)
+  return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
 def encode_marked(
   tokenizer: Tokenizer, text: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -135,8 +143,7 @@ def encode_marked(
   """
   if not tokenizer.specials:
     return tokenizer.measure(text)
-  longest_first = sorted(tokenizer.specials, key=len, reverse=True)
-  pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+  pieces = special_pattern(tokenizer).split(text)
   ids, num_bytes = zip(
     *(
       (np.array([tokenizer.specials[piece]]), np.zeros(1))

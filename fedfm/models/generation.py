@@ -1,6 +1,6 @@
 """Generates tokens with a key/value cache, a batch at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ class Generation(NamedTuple):
   """What was generated.
 
   Attributes:
-    tokens: [batch, max_new_tokens] int32; past a row's end `eos` is repeated.
-    lengths: [batch] int32, tokens generated, `eos` included.
+    tokens: [batch, max_new_tokens] int32; past a row's end `eos` is repeated,
+      the first where there are several.
+    lengths: [batch] int32, tokens generated, the one that ended the row
+      included.
   """
 
   tokens: jax.Array
@@ -43,7 +45,7 @@ def generate(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float | None = None,
-  eos: int | None = None,
+  eos: int | Sequence[int] | None = None,
 ) -> Generation:
   """Continues prompts, all rows in step by position.
 
@@ -53,7 +55,7 @@ def generate(
   every row has. A row's tokens do not depend on the other rows.
 
   Compiled once for each `apply` (by identity: pass the same object again),
-  shape of `prompts` and set of options.
+  shape of `prompts` and set of options; of `eos`, their number only.
 
   Args:
     apply: `apply(*params, tokens, positions=, cache=) -> (logits, cache)`, such
@@ -70,7 +72,7 @@ def generate(
     top_k: Sample among the k most likely tokens only.
     top_p: Sample among the fewest most likely tokens whose probabilities reach
       p only (arXiv 1904.09751).
-    eos: A row ends after this token.
+    eos: A row ends after this token, or after any of these.
 
   Returns:
     A `Generation`.
@@ -109,34 +111,37 @@ def generate(
     ("temperature", temperature, temperature >= 0, "0 or more"),
     ("top_k", top_k, top_k is None or 1 <= top_k <= vocab, f"1 to {vocab}"),
     ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, up to 1"),
-    ("eos", eos, eos is None or 0 <= eos < vocab, f"0 to {vocab - 1}"),
     ("key", key, key is not None or temperature == 0, "a key to sample with"),
   ):
     if not ok:
       raise errors.ConfigError(f"{name}: got {value}, expected {expected}")
+  stops = np.atleast_1d(np.asarray([] if eos is None else eos))
+  for stop in stops.tolist():
+    if not 0 <= stop < vocab:
+      raise errors.ConfigError(f"eos: got {stop}, expected 0 to {vocab - 1}")
   return _run(
     apply,
     init_cache,
     max_new_tokens,
     _Sampling(temperature, top_k, top_p),
-    eos,
     params,
     jnp.asarray(prompts, jnp.int32),
     jnp.asarray(lengths, jnp.int32),
+    jnp.asarray(stops, jnp.int32),
     jax.random.key(0) if key is None else key,
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
   apply,
   init_cache,
   max_new_tokens,
   sampling,
-  eos,
   params,
   prompts,
   lengths,
+  stops,
   key,
 ) -> Generation:
   """See `generate`; everything is valid here."""
@@ -168,8 +173,8 @@ def _run(
     growing = (position >= lengths) & (position < ends)
     new = jnp.where(growing, new, old)
     buffer = jax.lax.dynamic_update_index_in_dim(buffer, new, position, 1)
-    if eos is not None:
-      ends = jnp.where(growing & (new == eos), position + 1, ends)
+    stopped = jnp.any(new[:, None] == stops, axis=-1)
+    ends = jnp.where(growing & stopped, position + 1, ends)
     return position + 1, buffer, ends, cache
 
   _, buffer, ends, _ = jax.lax.while_loop(
@@ -177,7 +182,7 @@ def _run(
   )
   columns = lengths[:, None] + jnp.arange(max_new_tokens)
   tokens = jnp.take_along_axis(buffer, columns, axis=1)
-  fill = 0 if eos is None else eos
+  fill = stops[0] if stops.size else 0
   tokens = jnp.where(columns < ends[:, None], tokens, fill)
   return Generation(tokens, ends - lengths)
 
