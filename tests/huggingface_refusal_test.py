@@ -24,7 +24,13 @@ def refuse(folder, *words, error=errors.CheckpointError, **options):
   "fields,words",
   [
     ({"architectures": ["OPTForCausalLM"]}, ["OPT", "LlamaForCausalLM"]),
-    ({"architectures": None, "model_type": "bert"}, ["LlamaForCausalLM"]),
+    ({"architectures": None, "model_type": "t5"}, ["'t5'", "LlamaForCausalLM"]),
+    (
+      {"architectures": None, "model_type": "bert"},
+      ["architectures is missing", "BertModel, Bert", "name one"],
+    ),
+    ({"architectures": "LlamaForCausalLM"}, ["a list of one name"]),
+    ({"architectures": ["A", "B"]}, ["A, B", "name one"]),
     ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_scaling.", "missing"]),
     ({"rope_parameters": {"rope_type": "x"}}, ["rope_parameters", "'x'"]),
     ({"rope_parameters": 3}, ["rope_parameters"]),

@@ -2,19 +2,35 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedfm import errors
 from fedfm.models import rope
-from fedfm.models.decoder import DecoderConfig
+from fedfm.models.decoder import DecoderConfig, decoder
 
 LONG = {
   "short_factor": (1.0, 1.5),
   "long_factor": (2.0, 6.0),
   "original_max_position_embeddings": 100,
 }
+
+
+def yarn(**fields):
+  fields = {"factor": 4.0, "original_max_position_embeddings": 32} | fields
+  return rope.Yarn(**fields)
+
+
+def llama3(**fields):
+  fields = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | fields
+  fields = {"factor": 8.0, "original_max_position_embeddings": 32} | fields
+  return rope.Llama3(**fields)
+
+
+def long(**fields):
+  return rope.LongRope(**(LONG | fields))
 
 
 def test_dynamic_and_long_scalings_take_a_length_a_row():
@@ -90,6 +106,10 @@ SIZES = {
     ({"activation": "tanh"}, "activation: got 'tanh'"),
     ({"attention_kernel": "flash"}, "attention_kernel: got 'flash'"),
     ({"sliding_window": 0}, "sliding_window: got 0"),
+    ({"dtype": "foo"}, "dtype: got 'foo', expected one of"),
+    ({"width": 8.0}, "width: got 8.0, expected a whole number"),
+    ({"num_layers": True}, "num_layers: got True"),
+    ({"scan_layers": "no"}, "scan_layers: got 'no', expected True or False"),
     ({"sliding_layers": (True, False)}, "needs model.sliding_window"),
     ({"sliding_layers": (True,), "sliding_window": 4}, "got 1 layers"),
     ({"attention_softcap": 0.0}, "attention_softcap: got 0.0"),
@@ -100,6 +120,17 @@ def test_bad_options_are_refused(changes, words):
   with pytest.raises(errors.ConfigError, match=words) as e:
     DecoderConfig(**(SIZES | changes))
   assert "\n" not in str(e.value)
+
+
+def test_learned_positions_need_no_even_head():
+  options = SIZES | {"width": 6, "num_heads": 2, "head_dim": None}
+  with pytest.raises(errors.ConfigError, match="head_dim: got 3"):
+    DecoderConfig(**options)
+  learned = DecoderConfig(**options, positions="learned")
+  assert learned.head_dim == 3
+  model = decoder(learned)
+  tokens = np.zeros((1, 3), np.int32)
+  assert jax.eval_shape(model.apply, model.shapes, tokens).shape[:2] == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +147,22 @@ def test_bad_options_are_refused(changes, words):
       ),
       "high_freq_factor: got 1.0",
     ),
+    (lambda: rope.Linear(factor=math.inf), "factor: got inf"),
+    (lambda: yarn(factor=math.inf), "factor: got inf"),
+    (lambda: yarn(beta_fast=0.0), "beta_fast: got 0.0"),
+    (lambda: yarn(beta_slow=-1.0), "beta_slow: got -1.0"),
+    (lambda: yarn(attention_factor=0.0), "attention_factor: got 0.0"),
+    (lambda: yarn(mscale_all_dim=-7.0), "mscale_all_dim: got -7.0"),
+    (
+      lambda: yarn().frequencies(1.0, 4, 0, 0),
+      "rope_theta: got 1.0, expected above 1",
+    ),
+    (lambda: llama3(original_max_position_embeddings=0), "_embeddings: got 0"),
+    (lambda: llama3(low_freq_factor=0.0), "low_freq_factor: got 0.0"),
+    (lambda: long(original_max_position_embeddings=1), "_embeddings: got 1"),
+    (lambda: long(short_factor=(1.0, 0.0)), "short_factor: got 0.0"),
+    (lambda: long(long_factor=(math.nan, 1.0)), "long_factor: got nan"),
+    (lambda: long(factor=-3.0), "factor: got -3.0"),
   ],
 )
 def test_bad_scalings_are_refused(make, words):

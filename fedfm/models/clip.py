@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from fedfm import errors, sharding
-from fedfm.models import attention, encoder_layers, layers, vision
+from fedfm.models import (
+  attention,
+  encoder_layers,
+  field_types,
+  layers,
+  vision,
+)
 from fedfm.models import model as model_lib
 from fedfm.models.encoder_layers import StackConfig, norm
 from fedfm.models.model import Model, ParamSpec
@@ -63,6 +69,7 @@ class CLIPConfig:
   attention_kernel: str = "auto"
 
   def __post_init__(self):
+    field_types.check(self)
     encoder_layers.check_positive(
       self, "projection_width", "vocab_size", "max_length"
     )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from fedfm import errors
-from fedfm.models import attention, layers, rope
+from fedfm.models import attention, field_types, layers, rope
 
 # What each option of a name may be.
 CHOICES = {
@@ -49,7 +49,7 @@ class DecoderConfig:
     num_layers: Number of layers.
     num_heads: Query heads; `num_heads * head_dim` may differ from `width`.
     num_kv_heads: Key/value heads; divides `num_heads`. Default `num_heads`.
-    head_dim: Size of a head, even. Default `width / num_heads`.
+    head_dim: Size of a head, even with "rope". Default `width / num_heads`.
     mlp_width: Hidden size of the MLP.
     max_length: Longest sequence, in tokens.
     positions: "rope" (rotary), or "learned" (a table added to the embeddings).
@@ -131,12 +131,15 @@ class DecoderConfig:
     if self.num_kv_heads is None:
       object.__setattr__(self, "num_kv_heads", self.num_heads)
     if self.head_dim is None:
+      for field in ("width", "num_heads"):
+        field_types.check_whole(field, getattr(self, field))
       if self.num_heads < 1 or self.width % self.num_heads:
         raise errors.ConfigError(
           f"model.num_heads: {self.num_heads} does not divide width "
           f"{self.width}; give model.head_dim"
         )
       object.__setattr__(self, "head_dim", self.width // self.num_heads)
+    field_types.check(self)
     for field in _POSITIVE:
       value = getattr(self, field)
       if value is not None and value < 1:
@@ -154,7 +157,7 @@ class DecoderConfig:
         f"model.num_kv_heads: {self.num_kv_heads} does not divide num_heads "
         f"{self.num_heads}"
       )
-    if self.head_dim % 2:
+    if self.head_dim % 2 and self.positions == "rope":
       raise errors.ConfigError(
         f"model.head_dim: got {self.head_dim}, expected an even number"
       )
@@ -177,14 +180,16 @@ class DecoderConfig:
       )
 
   def _check_rope(self):
+    if self.positions == "learned":
+      if self.rope_scaling is not None:
+        raise errors.ConfigError("model.rope_scaling: needs positions 'rope'")
+      return
     whole = 0 < self.rotary_fraction <= 1 and self.rotary_dim > 0
     if not whole or self.rotary_dim % 2:
       raise errors.ConfigError(
         f"model.rotary_fraction: got {self.rotary_fraction} of a head of "
         f"{self.head_dim}, expected an even share"
       )
-    if self.positions == "learned" and self.rope_scaling is not None:
-      raise errors.ConfigError("model.rope_scaling: needs positions 'rope'")
     if isinstance(self.rope_scaling, rope.Dynamic) and self.rotary_dim < 4:
       raise errors.ConfigError(
         "model.rope_scaling: 'dynamic' needs at least 4 rotated dimensions"

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from fedfm import errors, sharding
-from fedfm.models import attention, layers
+from fedfm.models import attention, field_types, layers
 from fedfm.models.model import ParamSpec
 
 PyTree = Any
@@ -51,6 +51,7 @@ class StackConfig:
   activation: str = "gelu"
 
   def __post_init__(self):
+    field_types.check(self)
     check_positive(self, "width", "num_layers", "num_heads", "mlp_width")
     if self.width % self.num_heads:
       raise errors.ConfigError(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from fedfm import errors, sharding, trees
 from fedfm.models import (
   families,
+  field_types,
   parameter_source,
   parameter_writer,
   quantization,
@@ -322,13 +323,12 @@ def float_dtype(name: str, dtype: Any) -> str:
   Raises:
     ConfigError: It is another.
   """
-  allowed = ("float64", "float32", "float16", "bfloat16")
   try:
     value = jnp.dtype(dtype).name
   except TypeError:
     value = str(dtype)
-  if value not in allowed:
+  if value not in field_types.FLOATS:
     raise errors.ConfigError(
-      f"{name}: got {dtype!r}, expected one of {', '.join(allowed)}"
+      f"{name}: got {dtype!r}, expected one of {', '.join(field_types.FLOATS)}"
     )
   return value

@@ -53,7 +53,7 @@ class Linear:
   factor: float
 
   def __post_init__(self):
-    _at_least_one("factor", self.factor)
+    _check("factor", self.factor, at_least=1)
 
   def frequencies(self, theta, dim, length, max_length):
     del length, max_length
@@ -67,7 +67,7 @@ class Dynamic:
   factor: float
 
   def __post_init__(self):
-    _at_least_one("factor", self.factor)
+    _check("factor", self.factor, at_least=1)
 
   def frequencies(self, theta, dim, length, max_length):
     xp: Any = np if isinstance(length, int) else jnp
@@ -103,8 +103,13 @@ class Yarn:
   truncate: bool = True
 
   def __post_init__(self):
-    _at_least_one("factor", self.factor)
-    _at_least_one("original_max_position_embeddings", self.original)
+    _check("factor", self.factor, at_least=1)
+    _check("original_max_position_embeddings", self.original, at_least=1)
+    _check("attention_factor", self.attention_factor)
+    _check("beta_fast", self.beta_fast)
+    _check("beta_slow", self.beta_slow)
+    _check("mscale", self.mscale, at_least=0)
+    _check("mscale_all_dim", self.mscale_all_dim, at_least=0)
 
   @property
   def original(self) -> int:
@@ -113,6 +118,10 @@ class Yarn:
 
   def frequencies(self, theta, dim, length, max_length):
     del length, max_length
+    if not theta > 1:
+      raise errors.ConfigError(
+        f"rope_theta: got {theta}, expected above 1 with 'yarn'"
+      )
     low, high = (
       dim * math.log(self.original / (turns * 2 * math.pi))
       / (2 * math.log(theta))
@@ -157,11 +166,15 @@ class Llama3:
   original_max_position_embeddings: int
 
   def __post_init__(self):
-    _at_least_one("factor", self.factor)
-    if not 0 < self.low_freq_factor < self.high_freq_factor:
+    _check("factor", self.factor, at_least=1)
+    _check("low_freq_factor", self.low_freq_factor)
+    _check("high_freq_factor", self.high_freq_factor)
+    original = self.original_max_position_embeddings
+    _check("original_max_position_embeddings", original, at_least=1)
+    if not self.low_freq_factor < self.high_freq_factor:
       raise errors.ConfigError(
         f"high_freq_factor: got {self.high_freq_factor}, expected above "
-        f"low_freq_factor, {self.low_freq_factor}, and both above 0"
+        f"low_freq_factor, {self.low_freq_factor}"
       )
 
   def frequencies(self, theta, dim, length, max_length):
@@ -194,9 +207,14 @@ class LongRope:
   attention_factor: float | None = None
 
   def __post_init__(self):
-    _at_least_one(
-      "original_max_position_embeddings", self.original_max_position_embeddings
-    )
+    original = self.original_max_position_embeddings
+    # The attention factor divides by its logarithm.
+    _check("original_max_position_embeddings", original, at_least=2)
+    for name in ("short_factor", "long_factor"):
+      for value in getattr(self, name):
+        _check(name, value)
+    _check("factor", self.factor)
+    _check("attention_factor", self.attention_factor)
 
   def frequencies(self, theta, dim, length, max_length):
     original = self.original_max_position_embeddings
@@ -296,6 +314,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   )
 
 
-def _at_least_one(name: str, value: float) -> None:
-  if not value >= 1:
-    raise errors.ConfigError(f"{name}: got {value}, expected at least 1")
+def _check(
+  name: str, value: float | None, *, at_least: float | None = None
+) -> None:
+  """Refuses what is no finite number above 0, or below a bound; None passes."""
+  is_number = isinstance(value, int | float) and math.isfinite(value)
+  above = is_number and (value > 0 if at_least is None else value >= at_least)
+  if value is not None and not above:
+    expected = "above 0" if at_least is None else f"of at least {at_least}"
+    raise errors.ConfigError(
+      f"{name}: got {value}, expected a finite number {expected}"
+    )

@@ -163,22 +163,25 @@ def parse_config(
   Raises:
     CheckpointError: As `read_config` does.
   """
-  names = values.get("architectures") or [
-    name
-    for name, family in FAMILIES.items()
-    if family.model_type == values.get("model_type")
-  ]
-  known = (
-    isinstance(names, list)
-    and len(names) == 1
-    and isinstance(names[0], str)
-    and names[0] in FAMILIES
-  )
-  if not known:
-    given = values.get("architectures") or values.get("model_type")
+  names = values.get("architectures")
+  if names:
+    where = "architectures"
+    if not isinstance(names, list) or not all(type(x) is str for x in names):
+      raise errors.CheckpointError(
+        f"{path}: architectures is {names!r}, expected a list of one name"
+      )
+  else:
+    kind = values.get("model_type")
+    where = f"model_type {kind!r}, and architectures is missing"
+    names = [n for n, family in FAMILIES.items() if family.model_type == kind]
+  if len(names) > 1:
     raise errors.CheckpointError(
-      f"{path}: architecture {given} is not supported, only "
-      f"{', '.join(FAMILIES)}"
+      f"{path}: {where}: {', '.join(names)}; expected architectures to name one"
+    )
+  if not names or names[0] not in FAMILIES:
+    given = f"architecture {names[0]}" if names else where
+    raise errors.CheckpointError(
+      f"{path}: {given} is not supported, only {', '.join(FAMILIES)}"
     )
   family = FAMILIES[names[0]]
   return family, _decode(family, Fields(path, values))
