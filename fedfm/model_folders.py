@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ def read_config(path: str | os.PathLike) -> Any:
     CheckpointError: There is no model, or none that is supported.
   """
   path = _checked(path)
-  if weights.exist(path):
+  if _is_orbax(path):
     return _orbax_config(path)
   if _is_huggingface(path):
     return families.read_config(path / huggingface.CONFIG)[1]
@@ -70,7 +69,7 @@ def load(
     ConfigError: As in `huggingface.load`.
   """
   path, load_fn = _checked(path), huggingface.load
-  if weights.exist(path):
+  if _is_orbax(path):
     load_fn = load_orbax
   elif not _is_huggingface(path):
     path, load_fn = _llama2c(path), llama2c.load
@@ -140,43 +139,49 @@ def convert(
 
   Raises:
     ConfigError: An unknown format.
-    CheckpointError: The source cannot be read, or the folder not written.
+    CheckpointError: The source cannot be read, or the folder not written: it
+      is a file, or holds weights that would be mixed with these.
   """
   if output_format not in FORMATS:
     raise errors.ConfigError(
       f"format: got {output_format!r}{errors.nearest(output_format, FORMATS)}"
     )
   source, directory = pathlib.Path(source), pathlib.Path(directory)
+  if directory.is_file():
+    raise errors.CheckpointError(f"{directory}: a file, expected a folder")
+  is_orbax, others = weights.exist(directory), _safetensors(directory)
+  if is_orbax if output_format == "huggingface" else others:
+    held = "weights in Orbax's layout" if is_orbax else others[0].name
+    raise errors.CheckpointError(
+      f"{directory}: holds {held}; write to another folder"
+    )
   model, params = load(source, mesh, dtype)
-  like = companions(source)
   if output_format == "huggingface":
-    huggingface.save(directory, model, params, like=like)
+    huggingface.save(directory, model, params, like=source)
   else:
-    config = huggingface.config_file(model, params, like)
+    config = huggingface.config_file(model, params, source)
     weights.save(directory, params, {"config": config})
     if jax.process_index() == 0:
       text = json.dumps(config, indent=2) + "\n"
       (directory / huggingface.CONFIG).write_text(text)
-      huggingface.copy_companions(like, directory)
-  copy_vocabulary(source, directory)
+      huggingface.copy_companions(source, directory)
 
 
-def companions(source: pathlib.Path) -> pathlib.Path | None:
-  """Returns the folder itself where it has a config to take after, or None."""
-  return source if _is_huggingface(source) else None
+def _is_orbax(path: pathlib.Path) -> bool:
+  """Whether the weights are Orbax's; two kinds might be of two models."""
+  if not weights.exist(path):
+    return False
+  others = _safetensors(path)
+  if others:
+    raise errors.CheckpointError(
+      f"{path}: holds both {others[0].name} and weights in Orbax's layout; "
+      "expected one of them"
+    )
+  return True
 
 
-def copy_vocabulary(source: pathlib.Path, directory: pathlib.Path) -> None:
-  """Copies llama2.c's vocabulary, where a model has it.
-
-  Args:
-    source: The model's folder, or its llama2.c file.
-    directory: Another folder.
-  """
-  folder = source if source.is_dir() else source.parent
-  if jax.process_index() == 0 and folder.resolve() != directory.resolve():
-    for path in sorted(folder.glob("tok*.bin")):
-      shutil.copyfile(path, directory / path.name)
+def _safetensors(path: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(path.glob("model*.safetensors*"))
 
 
 def _checked(path: str | os.PathLike) -> pathlib.Path:

@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from fedfm import adapters, blueprint, errors, model_folders
+from fedfm import adapters, blueprint, errors
 
 
 def check(flag: str, path: str | os.PathLike) -> pathlib.Path:
@@ -72,6 +72,5 @@ def write_merged(folder: pathlib.Path, opened: Any, state: Any) -> None:
     opened.algorithm.effective_base(state, opened.base),
     opened.adapter,
     opened.algorithm.effective_trainable(state),
-    like=model_folders.companions(start),
+    like=start,
   )
-  model_folders.copy_vocabulary(start, folder)

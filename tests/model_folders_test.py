@@ -8,9 +8,10 @@ from llama2c_test import write, write_vocabulary
 from make_model_fixtures import FIXTURES
 import numpy as np
 import pytest
+import reference
 from script_runs import script
 
-from fedfm import completion, data, errors, model_folders, sharding
+from fedfm import adapters, completion, data, errors, model_folders, sharding
 from fedfm.checkpoint import weights
 
 SOURCE = FIXTURES / "gemma3"
@@ -113,6 +114,54 @@ def test_other_shapes_and_names_are_refused(converted, tmp_path):
     weights.load(tmp_path / "nan", {"a": jnp.zeros(3)})
   with pytest.raises(errors.CheckpointError, match="of no model"):
     model_folders.load(tmp_path / "nan")
+
+
+def test_two_kinds_of_weights_are_never_in_one_folder(converted, tmp_path):
+  mixed = tmp_path / "mixed"
+  shutil.copytree(converted, mixed)
+  with pytest.raises(errors.CheckpointError, match="mixed: holds weights in O"):
+    model_folders.convert(SOURCE, mixed, "huggingface")
+  shutil.copyfile(SOURCE / "model.safetensors", mixed / "model.safetensors")
+  for read in (model_folders.load, model_folders.read_config):
+    with pytest.raises(errors.CheckpointError) as e:
+      read(mixed)
+    reference.assert_one_line(
+      e, "holds both model.safetensors and weights in Orbax's layout"
+    )
+  shutil.rmtree(mixed / "weights")
+  with pytest.raises(errors.CheckpointError, match="holds model.safetensors"):
+    model_folders.convert(SOURCE, mixed, "orbax")
+
+
+@pytest.mark.parametrize("output_format", model_folders.FORMATS)
+def test_a_file_is_no_folder_to_write_to(converted, tmp_path, output_format):
+  file = tmp_path / "file"
+  file.write_text("mine")
+  with pytest.raises(errors.CheckpointError) as e:
+    model_folders.convert(converted, file, output_format)
+  reference.assert_one_line(e, str(file))
+  assert file.read_text() == "mine"
+
+
+def test_a_model_of_llama2c_is_exported_with_its_vocabulary(tmp_path):
+  source = tmp_path / "llama2c"
+  source.mkdir()
+  write(source / "model.bin")
+  write_vocabulary(source / "tok300.bin")
+  want = data.load_tokenizer(source).encode("the cat").tolist()
+  model, params = model_folders.load(source)
+  adapter = adapters.full(model)
+  trainable = adapter.init(jax.random.key(0), params)
+  for like in (source, source / "model.bin"):
+    output = tmp_path / f"of_{like.name}"
+    adapters.export(output, model, params, adapter, trainable, like=like)
+    assert data.load_tokenizer(output).encode("the cat").tolist() == want
+    assert not (output / "model.bin").exists()
+    assert_equal(model_folders.load(output)[1], params)
+  with pytest.raises(errors.CheckpointError, match="no such file or folder"):
+    adapters.export(
+      tmp_path / "x", model, params, adapter, trainable, like=tmp_path / "no"
+    )
 
 
 @pytest.mark.slow

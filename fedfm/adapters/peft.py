@@ -134,8 +134,8 @@ def save(
     base_model: Name or folder of the model, for PEFT's own use.
 
   Raises:
-    CheckpointError: A kind that PEFT does not have, or a trainable that is not
-      the adapter's.
+    CheckpointError: A kind that PEFT does not have, a trainable that is not the
+      adapter's, or a folder that cannot be made.
   """
   directory = pathlib.Path(directory)
   if adapter.kind not in _TYPES:
@@ -179,7 +179,7 @@ def save(
     **({"modules_to_save": names} if names else {}),
   }
   if jax.process_index() == 0:
-    directory.mkdir(parents=True, exist_ok=True)
+    tensor_files.make_folder(directory)
     layout = {n: (x.dtype.name, x.shape) for n, x in tensors.items()}
     part = directory / f"{WEIGHTS}.part"
     tensor_files.write_file(part, layout, tensors.values())

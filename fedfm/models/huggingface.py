@@ -31,10 +31,9 @@ from fedfm.models.parameter_source import Tensor
 
 PyTree = Any
 CONFIG = "config.json"
-# What `save(like=...)` brings along.
+# Patterns of what `save(like=...)` brings along.
 _COMPANIONS = (
   "tokenizer.json",
-  "tokenizer.model",
   "tokenizer_config.json",
   "hashed_words.json",
   "special_tokens_map.json",
@@ -43,6 +42,9 @@ _COMPANIONS = (
   "merges.txt",
   "chat_template.jinja",
   "generation_config.json",
+  # Vocabularies: SentencePiece's, and llama2.c's.
+  "tok*.model",
+  "tok*.bin",
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LABELS = ("id2label", "label2id")
@@ -238,8 +240,8 @@ def save(
     model: The model, with a config of ours.
     params: Its parameters (adapters merged), in any float dtype.
     max_shard_bytes: Larger models are split over several files.
-    like: A folder whose tokenizer and generation settings go along, such as
-      the one that the model was loaded from.
+    like: A model's folder, or file, whose tokenizer and generation settings go
+      along, such as the one that the model was loaded from.
 
   Raises:
     CheckpointError: The parameters are not the model's, or the folder holds
@@ -286,14 +288,19 @@ def config_file(
     like: As in `save`.
 
   Raises:
+    CheckpointError: `like` is not there.
     ConfigError: As `save` does.
   """
   table = params.get("embed", jax.tree.leaves(params)[0])
   config = families.write_config(model.config, jnp.dtype(table.dtype).name)
   # Absent, each would have a default.
   config = dict.fromkeys(_TOKEN_IDS) | config
-  if like is not None:
-    original = tensor_files.read_json(pathlib.Path(like) / CONFIG)
+  path = None if like is None else pathlib.Path(like)
+  if path is not None and not path.exists():
+    raise errors.CheckpointError(f"{path}: no such file or folder")
+  # A file of llama2.c has no config.json beside it.
+  if path is not None and (path / CONFIG).is_file():
+    original = tensor_files.read_json(path / CONFIG)
     kept = [name for name in _TOKEN_IDS if name in original]
     labels = original.get("id2label") or ()
     if len(labels) == _num_classes(model.config) > 0:
@@ -305,12 +312,22 @@ def config_file(
 def copy_companions(
   like: str | os.PathLike | None, directory: pathlib.Path
 ) -> None:
-  """Copies a folder's tokenizer and generation settings, where it has them."""
-  if like is None or pathlib.Path(like).resolve() == directory.resolve():
+  """Copies a model's tokenizer and generation settings, where it has them.
+
+  Args:
+    like: As in `save`.
+    directory: Where to.
+  """
+  if like is None:
     return
-  for path in (pathlib.Path(like) / name for name in _COMPANIONS):
-    if path.is_file():
-      shutil.copyfile(path, directory / path.name)
+  folder = pathlib.Path(like)
+  folder = folder.parent if folder.is_file() else folder
+  if folder.resolve() == directory.resolve():
+    return
+  for pattern in _COMPANIONS:
+    for path in sorted(folder.glob(pattern)):
+      if path.is_file():
+        shutil.copyfile(path, directory / path.name)
 
 
 def float_dtype(name: str, dtype: Any) -> str:

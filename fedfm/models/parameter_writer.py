@@ -84,7 +84,8 @@ def write(
     max_shard_bytes: Larger models are split over several files.
 
   Raises:
-    CheckpointError: The folder holds weights that would be mixed with these.
+    CheckpointError: The folder holds weights that would be mixed with these,
+      or cannot be made.
   """
   shards: list[list[Written]] = [[]]
   free = max_shard_bytes
@@ -103,7 +104,7 @@ def write(
   writes = jax.process_index() == 0
   index: dict[str, Any] = {} if len(files) == 1 else {tensor_files.INDEX: None}
   if writes:
-    directory.mkdir(parents=True, exist_ok=True)
+    tensor_files.make_folder(directory)
     for path in sorted(directory.glob("model*.safetensors*")):
       if path.name not in {*files, *index}:
         raise errors.CheckpointError(

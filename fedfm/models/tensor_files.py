@@ -231,3 +231,20 @@ def _parse(path: pathlib.Path, text: bytes) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise errors.CheckpointError(f"{path}: expected a JSON object")
   return value
+
+
+def make_folder(directory: pathlib.Path) -> None:
+  """Makes a folder to write to, where there is none yet.
+
+  Args:
+    directory: The folder.
+
+  Raises:
+    CheckpointError: It cannot be made: there is a file, say.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise errors.CheckpointError(
+      f"{directory}: no folder to write to: {e.strerror}"
+    ) from None
