@@ -5,6 +5,7 @@ Each process reads what its own devices hold, straight into the sharded arrays.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from fedfm import errors, trees
 from fedfm.models.families.family import Family
 
 PyTree = Any
+_logger = logging.getLogger(__name__)
 # A larger stack of layers is built on the device, a layer at a time, so that
 # the host never holds it.
 _LARGE = 1 << 28  # Bytes.
@@ -128,6 +130,7 @@ def match(
   """
   wanted = dict(zip(trees.paths(shapes), jax.tree.leaves(shapes)))
   rows = [row for row in family.tensors if row.path in wanted]
+  tensors = _as_now(family, tensors)
   bare = not any(name.startswith(family.prefix) for name in tensors)
   prefix = family.prefix if bare else ""
   used: set[str] = set()
@@ -171,6 +174,22 @@ def match(
   return [sources[path] for path in wanted]
 
 
+def _as_now(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+  """Names tensors as the family's table does.
+
+  A model without its head is read from files of one with a head too.
+  """
+  result = {}
+  for name, tensor in tensors.items():
+    new = name.removeprefix(family.prefix) if family.is_bare else name
+    for old, now in family.renamed.items():
+      if new.endswith(old):
+        new = new.removesuffix(old) + now
+    # What is there twice stays, and is refused.
+    result[name if new in tensors else new] = tensor
+  return result
+
+
 def _checked(where, tensors, name: str, expected: tuple[int, ...]) -> Tensor:
   """Finds one tensor and checks its shape."""
   if name not in tensors:
@@ -192,6 +211,20 @@ def _refuse_extra(family, wanted, tensors, used: set[str]) -> None:
     for name in sorted(tensors.keys() - used)
     if not re.fullmatch(family.ignored, name.removeprefix(family.prefix))
   ]
+  heads = [
+    name
+    for name in extra
+    if family.is_bare and re.fullmatch(family.heads, tensors[name].name)
+  ]
+  if heads:
+    _logger.warning(
+      "%s: %s is of a head, which %s lacks: left out (%d such)",
+      tensors[heads[0]].path,
+      heads[0],
+      family.architecture,
+      len(heads),
+    )
+    extra = [name for name in extra if name not in heads]
   names = {row.path: row.name for row in family.tensors}
   head = names.get("lm_head")
   if "lm_head" not in wanted and head in extra:

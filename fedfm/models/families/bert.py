@@ -109,6 +109,12 @@ BERT = Family(
   fixed=_FIXED,
   prefix="bert.",
   ignored=_IGNORED,
+  heads=r"(cls|lm_head|classifier)\..*",
+  # What TensorFlow's were called, in the original files.
+  renamed={
+    "LayerNorm.gamma": "LayerNorm.weight",
+    "LayerNorm.beta": "LayerNorm.bias",
+  },
   config=EncoderConfig,
   classifier="BertForSequenceClassification",
 )

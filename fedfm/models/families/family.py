@@ -126,6 +126,9 @@ class Family(NamedTuple):
     write: `write(config) -> fields`, the other way.
     prefix: Of the tensors' names; files of a model without its head lack it.
     ignored: Pattern of names, without the prefix, that hold no parameter.
+    heads: Pattern of names of heads, which are left out, with a warning, where
+      the family is of the model without one.
+    renamed: Ends of names in old files -> as they are now.
     config: The type of its models' configs.
     classifier: The architecture that has its layers and a classifier; "" where
       there is none.
@@ -142,5 +145,12 @@ class Family(NamedTuple):
   write: Callable[[Any], dict[str, Any]] = _nothing
   prefix: str = "model."
   ignored: str = r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+  heads: str = ""
+  renamed: Mapping[str, str] = {}
   config: type = DecoderConfig
   classifier: str = ""
+
+  @property
+  def is_bare(self) -> bool:
+    """Whether it is of a model without a head, whose names lack the prefix."""
+    return not any(row.name.startswith(self.prefix) for row in self.tensors)
