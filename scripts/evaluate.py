@@ -29,6 +29,7 @@ import jax
 import command_line
 from fedfm import (
   blueprint,
+  completion,
   data,
   errors,
   evaluation,
@@ -76,6 +77,8 @@ def main():
         "on; expected it, data.unseen_fraction, or a file of questions"
       )
     round_index = int(state.round)
+    if asked:
+      completion.check_decoder(opened.model, opened.tokenizer)
     _evaluate(opened, state, rows)
     base = opened.algorithm.effective_base(state, opened.base)
     trainable = opened.algorithm.effective_trainable(state)
@@ -184,6 +187,7 @@ def _ask_folder(folder, asked, rows):
   """Asks a model's folder, without any data."""
   model, params = model_folders.load(folder)
   tokenizer = data.load_tokenizer(folder)
+  completion.check_decoder(model, tokenizer)
   if tokenizer.vocab_size > model.config.vocab_size:
     raise errors.ConfigError(
       f"--model: vocabulary of {model.config.vocab_size} is smaller than the "

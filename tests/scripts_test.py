@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+from make_encoder_fixtures import FIXTURES as ENCODERS
 import pytest
 from script_runs import script
 import tiny
@@ -76,6 +77,19 @@ def test_evaluate_asks_a_run_and_a_folder(run, tmp_path):
     assert [row["client"] for row in rows] == ["all", "one"]
     assert [row["questions"] for row in rows] == [1, 2]
     assert rows[1]["accuracy"] == rows[1]["chance"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "exact_match"])
+def test_a_model_that_is_no_decoder_is_asked_nothing(kind, tmp_path):
+  path = tmp_path / "questions.jsonl"
+  row = {"question": "the", "choices": ["cat", "dog"], "answer": "B"}
+  path.write_text(json.dumps(row))
+  name = "vit" if kind == "multiple_choice" else "bert_masked_lm"
+  code, out, err = script(
+    "evaluate.py", f"--model={ENCODERS / name}", f"--{kind}={path}"
+  )
+  (line,) = err.splitlines()
+  assert (code, out) == (2, "") and "generates no text, expected a dec" in line
 
 
 def test_generate_continues_with_the_run_and_with_a_folder(run):
