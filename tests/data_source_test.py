@@ -12,7 +12,7 @@ import pytest
 from reference import assert_one_line
 
 from fedfm import errors
-from fedfm.data import files, source
+from fedfm.data import files, partition, source
 
 ODD_IDS = ["../../etc/passwd", "a\0b", "x" * 300, "né\n", " "]
 
@@ -38,6 +38,27 @@ def test_from_arrays_reads_back_what_was_given_and_protects_it():
   with pytest.raises(ValueError, match="read-only"):
     clients.read("b")["x"][0] = 0
   x[0] = 9  # The caller's own array stays writable.
+
+
+def test_whole_numbers_are_of_32_bits():
+  high = np.iinfo(np.int32).max
+  clients = source.from_arrays({"a": {"x": [high], "y": np.uint8([1])}})
+  x = clients.read("a")["x"]
+  assert (x.dtype, x.tolist()) == (np.int32, [high])
+  assert clients.read("a")["y"].dtype == np.uint8
+  with pytest.raises(ValueError, match="read-only"):
+    x[0] = 0
+  arrays = {"x": np.arange(4), "big": np.array([1, 2, 2**40, 4])}
+  with pytest.raises(errors.DataError) as error:
+    source.from_arrays({"a": arrays})
+  assert_one_line(error, "client 'a': field 'big': ", str(2**40), "int32")
+  with pytest.raises(errors.DataError, match="'big'"):
+    partition.iid(arrays, 2)
+  # What clients are told apart by is no field of theirs.
+  by_key = partition.by_key(arrays, "big")
+  assert [by_key.read(c)["x"].tolist() for c in by_key.ids[-1:]] == [[2]]
+  with pytest.raises(errors.DataError, match="clients: got list, expected"):
+    source.from_arrays([1])
 
 
 def test_odd_ids_are_only_names():

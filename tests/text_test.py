@@ -137,7 +137,7 @@ def test_fields_that_are_not_text_are_named():
   clients = source.from_arrays({"a": {"txt": [1, 2]}})
   with pytest.raises(errors.DataError, match="'a'.*did you mean 'txt'"):
     text.tokenize(clients, BYTES, 4).read("a")
-  with pytest.raises(errors.DataError, match="'a'.*'txt' is int64"):
+  with pytest.raises(errors.DataError, match="'a'.*'txt' is int32"):
     text.tokenize(clients, BYTES, 4, text_key="txt").size("a")
   surrogate = source.from_arrays({"a": {"text": ["\ud800"]}})
   with pytest.raises(errors.DataError, match="'a'.*surrogate"):

@@ -345,6 +345,7 @@ def _numbered(
 def _source(
   arrays: source.Examples, ids: Sequence[str], parts: Sequence[np.ndarray]
 ) -> source.ClientSource:
+  arrays = source.narrowed(arrays, "arrays")
   examples = dict(zip(ids, parts, strict=True))
   return source.ClientSource(
     ids=ids,

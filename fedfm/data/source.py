@@ -204,25 +204,32 @@ def from_arrays(data: Mapping[str, Mapping[str, Any]]) -> ClientSource:
 
   Args:
     data: {client_id: {field: array [examples, ...]}}; the clients agree in
-      their fields, dtypes and shapes of one example.
+      their fields, dtypes and shapes of one example. Whole numbers of 64 bits
+      become 32, which is what models compute with.
 
   Returns:
     A `ClientSource` in the mapping's order; reads are views, not copies.
 
   Raises:
-    DataError: As in `columns`, or clients that disagree; names client and
-      field.
+    DataError: As in `columns`, clients that disagree, or a whole number of
+      more than 32 bits; names client and field.
 
   Examples:
     >>> source = from_arrays({"ann": {"x": np.zeros([3, 2])}})
     >>> source.ids, source.size("ann"), source.read("ann")["x"].shape
     (('ann',), 3, (3, 2))
   """
+  if not isinstance(data, Mapping):
+    raise errors.DataError(
+      f"clients: got {type(data).__name__}, expected {{client_id: {{field: "
+      "array}}}}"
+    )
   clients: dict[str, Examples] = {}
   first_id, expected = None, {}
   for client_id, arrays in data.items():
     check_id(client_id)
-    clients[client_id] = columns(arrays, f"client {client_id!r}")
+    owner = f"client {client_id!r}"
+    clients[client_id] = narrowed(columns(arrays, owner), owner)
     spec = {k: (x.dtype, x.shape[1:]) for k, x in clients[client_id].items()}
     if first_id is None:
       first_id, expected = client_id, spec
@@ -232,6 +239,40 @@ def from_arrays(data: Mapping[str, Mapping[str, Any]]) -> ClientSource:
     size_fn=lambda client_id: _num_examples(clients[client_id]),
     read_fn=lambda client_id: dict(clients[client_id]),
   )
+
+
+def narrowed(examples: Examples, owner: str) -> Examples:
+  """Makes whole numbers of 64 bits 32, as a device would, but checked.
+
+  Args:
+    examples: The fields of one client.
+    owner: Whose fields these are, for the messages.
+
+  Returns:
+    The same; what is narrowed is a copy.
+
+  Raises:
+    DataError: A number that 32 bits do not hold.
+  """
+  return {
+    name: _narrowed(x, f"{owner}: field {name!r}")
+    for name, x in examples.items()
+  }
+
+
+def _narrowed(x: np.ndarray, where: str) -> np.ndarray:
+  narrow = {"int64": np.int32, "uint64": np.uint32}.get(x.dtype.name)
+  if narrow is None:
+    return x
+  low, high = np.iinfo(narrow).min, np.iinfo(narrow).max
+  if x.min(initial=0) < low or x.max(initial=0) > high:
+    raise errors.DataError(
+      f"{where}: numbers lie in [{x.min()}, {x.max()}], expected what "
+      f"{np.dtype(narrow)} holds, [{low}, {high}]"
+    )
+  x = x.astype(narrow)
+  x.flags.writeable = False
+  return x
 
 
 def _check_same_spec(client_id, spec, first_id, expected) -> None:
