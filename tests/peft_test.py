@@ -164,6 +164,23 @@ def _only_extra(tensors):
     ("llama-lora", _transpose, {}, [_A, "[16, 3]", "[3, 16]", "transposed?"]),
     ("llama-lora", lambda t: t.pop(_A) is None, {}, [_A, "missing"]),
     ("llama-lora", _only_extra, {}, ["layers.7.mlp.x", "not part of lora"]),
+    (
+      "llama-lora",
+      None,
+      {"target_modules": ["q_proj", "v_proj"]},
+      ["target_modules", "adapts model.layers.0.mlp.down_proj too"],
+    ),
+    (
+      "llama-lora",
+      None,
+      {"target_modules": r".*\.0\.(self_attn|mlp)\..*"},
+      ["target_modules", "adapts model.layers.1."],
+    ),
+    ("llama-lora", None, {"target_modules": "("}, ["'('", "no pattern"]),
+    ("llama-lora", None, {"target_modules": 3}, ["target_modules is 3"]),
+    ("qwen2-ia3", None, {"target_modules": ["k_proj"]}, ["v_proj too"]),
+    ("llama-lora", None, {"use_rslora": "yes"}, ["use_rslora is 'yes'"]),
+    ("llama-lora", None, {"use_dora": 1}, ["use_dora is 1", "true or false"]),
     ("llama-lora", None, {"r": 4}, [_A, "[3, 16]", "[4, 16]"]),
     ("llama-lora", None, {"r": 99}, ["adapter_config.json", "rank", "99"]),
     ("llama-lora", None, {"r": None}, ["r is None", "integer"]),
@@ -198,11 +215,37 @@ def _only_extra(tensors):
   ],
 )  # fmt: skip
 def test_what_is_refused(folder, change, fields, words, tmp_path):
-  model, _ = base("llama")
+  model, _ = base(folder.partition("-")[0])
   copy = edited(tmp_path, folder, change, **fields)
   with pytest.raises(errors.CheckpointError) as raised:
     peft.load(copy, model)
   reference.check_message(raised.value, words)
+
+
+@pytest.mark.parametrize(
+  "named",
+  ["all-linear", r".*\.(q_proj|v_proj|down_proj)", None, ["proj", "q_proj",
+   "self_attn.v_proj", "model.layers.0.mlp.down_proj",
+   "layers.1.mlp.down_proj"]],
+  ids=str,
+)  # fmt: skip
+def test_modules_are_named_in_any_way_of_peft(named, tmp_path):
+  model, _ = base("llama")
+  copy = edited(tmp_path, "llama-lora", target_modules=named)
+  _, got = peft.load(copy, model)
+  _, want = peft.load(FIXTURES / "peft" / "llama-lora", model)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path):
+  model, params = base("llama")
+  (tmp_path / "file").write_text("mine")
+  adapter = adapters.lora(model, rank=1)
+  with pytest.raises(errors.CheckpointError) as raised:
+    peft.save(
+      tmp_path / "file", model, adapter, adapter.init(jax.random.key(0), params)
+    )
+  reference.assert_one_line(raised, str(tmp_path / "file"))
 
 
 def test_adapters_of_another_model_are_refused():

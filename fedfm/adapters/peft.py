@@ -242,6 +242,9 @@ def _adapter(path, config, entries, model: Model) -> Adapter:
     return factory(
       model, num_tokens=_number(path, config, "num_virtual_tokens")
     )
+  peft_modules.check_named(
+    model, entries, config.get("target_modules"), f"{path}: target_modules"
+  )
   targets = peft_modules.targets(model, entries, kind)
   if not targets:
     raise errors.CheckpointError(
@@ -250,6 +253,11 @@ def _adapter(path, config, entries, model: Model) -> Adapter:
   if kind == "IA3":
     inner = peft_modules.on_inputs(model, entries)
     return ia3(model, targets=tuple(targets), feedforward=tuple(inner))
+  for name in ("use_rslora", "use_dora"):
+    if not isinstance(config.get(name) or False, bool):
+      raise errors.CheckpointError(
+        f"{path}: {name} is {config[name]!r}, expected true or false"
+      )
   for name in ("lora_alpha", "lora_dropout"):
     value = config.get(name, 0)
     if isinstance(value, bool) or not isinstance(value, int | float):

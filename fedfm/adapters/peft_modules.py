@@ -8,6 +8,7 @@ and parts are those of the weights' files, `fedfm.models.families`.
 
 from collections.abc import Callable, Mapping, Sequence
 import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ PREFIX = "base_model.model."
 _LORA = {"a": "lora_A.weight", "b": "lora_B.weight"}
 _MAGNITUDE = "lora_magnitude_vector"
 _IA3 = "ia3_l"
+_HEAD = "lm_head"
 # read(name, shape) -> that tensor in float32, checked.
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
 
@@ -138,6 +140,53 @@ def targets(
     if any(name in tensors for name in module.tensors(field))
     for path in module.parts
   ]
+
+
+def check_named(
+  model: Model, tensors: Mapping[str, Any], named: Any, where: str
+) -> None:
+  """Refuses a module that a file adapts but its config does not name.
+
+  Args:
+    model: A decoder.
+    tensors: The file's, by name.
+    named: `target_modules`, as PEFT reads it: ends of names; or a pattern of
+      whole names, or "all-linear", which is all but the output head. None says
+      nothing.
+    where: What to name in messages.
+
+  Raises:
+    CheckpointError: There is such a module, or `named` is none of these.
+  """
+  if named is None:
+    return
+  is_list = isinstance(named, list) and all(isinstance(x, str) for x in named)
+  if not is_list and not isinstance(named, str):
+    raise errors.CheckpointError(
+      f"{where} is {named!r}, expected names or a pattern"
+    )
+
+  def has(name: str) -> bool:
+    if isinstance(named, list):
+      return any(("." + name).endswith("." + ending) for ending in named)
+    return re.fullmatch(named, name) is not None
+
+  for module in modules(model):
+    for i in range(module.num_layers or 1):
+      name = module.name.format(i=i)
+      start = f"{PREFIX}{name}."
+      if not any(x.startswith(start) for x in tensors):
+        continue
+      try:
+        ok = module.parts != (_HEAD,) if named == "all-linear" else has(name)
+      except re.error as e:
+        raise errors.CheckpointError(
+          f"{where} is {named!r}, no pattern: {e}"
+        ) from None
+      if not ok:
+        raise errors.CheckpointError(
+          f"{where} is {named!r}, but the file adapts {name} too"
+        )
 
 
 def on_inputs(model: Model, tensors: Mapping[str, Any]) -> list[str]:
