@@ -4,6 +4,7 @@ What holds for all of them is in `adapter_contract_test`.
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,13 @@ def test_lora_alpha_is_twice_the_rank_by_default():
   assert adapters.lora(MODEL, rank=3).config["alpha"] == 6
 
 
+def test_lora_takes_numpys_numbers():
+  numpys = adapters.lora(MODEL, rank=np.int64(3), alpha=np.float32(5))
+  assert json.dumps(numpys.config) == json.dumps(
+    adapters.lora(MODEL, rank=3, alpha=5).config
+  )
+
+
 def test_lora_draws_differ_between_kernels_and_keys():
   adapter = adapters.lora(MODEL, rank=2, targets=["q_proj", "o_proj"])
   one = adapter.init(jax.random.key(1), PARAMS)
@@ -178,6 +186,22 @@ def test_head_unties_and_trains_only_the_end():
   assert adapter.merge(PARAMS, changed)["embed"] is PARAMS["embed"]
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_last_layers_are_merged_as_they_were_trained(num_layers):
+  """A base of fewer bits does not round what clients trained."""
+  base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  adapter = adapters.last_layers(MODEL, num_layers=num_layers)
+  trainable = noisy(adapter.init(jax.random.key(0), base))
+  merged = adapter.merge(base, trainable)
+  for name, x in merged["layers"].items():
+    assert x.dtype == jnp.float32
+    np.testing.assert_array_equal(x[-num_layers:], trainable[name])
+    np.testing.assert_array_equal(
+      x[:-num_layers], base["layers"][name][:-num_layers]
+    )
+  assert merged["embed"].dtype == jnp.bfloat16
+
+
 def test_subset_trains_the_named_parameters_only():
   adapter = adapters.subset(MODEL, ("mlp_norm", "layers/o_proj"))
   trainable = adapter.init(jax.random.key(0), PARAMS)
@@ -213,6 +237,7 @@ def test_subset_trains_the_named_parameters_only():
     (lambda: adapters.lora(MODEL, rank=9), ["rank", "9", "8"]),
     (lambda: adapters.lora(MODEL, rank=2.0), ["rank", "2.0"]),
     (lambda: adapters.lora(MODEL, rank=2, alpha=0), ["alpha", "0"]),
+    (lambda: adapters.lora(MODEL, rank=2, alpha="x"), ["alpha", "'x'"]),
     (
       lambda: adapters.lora(MODEL, rank=2, alpha=float("nan")),
       ["alpha", "nan"],

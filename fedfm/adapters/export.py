@@ -27,7 +27,9 @@ def export(
   """Merges an adapter into the model and saves it.
 
   Kernels of a quantised base are written as the float32 numbers that they stand
-  for, so that the folder computes what the clients trained.
+  for, so that the folder computes what the clients trained. Parameters that are
+  trained whole keep the dtype they were trained in; an update of a kernel, such
+  as LoRA's, is rounded to the kernel's.
 
   Args:
     directory: Folder to write; made if needed.

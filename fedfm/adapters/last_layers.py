@@ -48,8 +48,9 @@ def last_layers(model: Model, *, num_layers: int = 1) -> Adapter:
     return {**params, "layers": (first, trainable)}
 
   def merge(params, trainable):
+    # In the wider dtype: what is merged is what was trained and evaluated.
     both = jax.tree.map(
-      lambda x, t: jnp.concatenate([x[:frozen], t.astype(x.dtype)]),
+      lambda x, t: jnp.concatenate([x[:frozen], t]),
       params["layers"],
       trainable,
     )

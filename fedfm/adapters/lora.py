@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedfm import errors, sharding
 from fedfm.adapters import adapter as adapter_lib
@@ -139,9 +140,9 @@ def low_rank_config(
   Raises:
     ConfigError: As `lora`.
   """
-  if isinstance(rank, bool) or not isinstance(rank, int):
+  if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
     raise errors.ConfigError(f"rank: got {rank!r}, expected an integer")
-  alpha = 2.0 * rank if alpha is None else float(alpha)
+  rank = int(rank)
   kernels = adapter_lib.target_kernels(model, targets)
   for kernel in kernels:
     smaller = min(kernel.rows, kernel.cols)
@@ -150,8 +151,11 @@ def low_rank_config(
         f"rank: got {rank}, expected 1 to {smaller} for {kernel.path} "
         f"{(*kernel.lead, kernel.rows, kernel.cols)}"
       )
-  if not 0 < alpha < math.inf:
-    raise errors.ConfigError(f"alpha: got {alpha}, expected a number above 0")
+  alpha = 2 * rank if alpha is None else alpha
+  is_number = isinstance(alpha, int | float | np.number)
+  if isinstance(alpha, bool) or not is_number or not 0 < alpha < math.inf:
+    raise errors.ConfigError(f"alpha: got {alpha!r}, expected a number above 0")
+  alpha = float(alpha)
   config = {
     "rank": rank,
     "alpha": alpha,
