@@ -57,7 +57,7 @@ def test_whole_numbers_are_of_32_bits():
   # What clients are told apart by is no field of theirs.
   by_key = partition.by_key(arrays, "big")
   assert [by_key.read(c)["x"].tolist() for c in by_key.ids[-1:]] == [[2]]
-  with pytest.raises(errors.DataError, match="clients: got list, expected"):
+  with pytest.raises(errors.DataError, match=r"got list, expected {.*array}}$"):
     source.from_arrays([1])
 
 

@@ -222,7 +222,7 @@ def from_arrays(data: Mapping[str, Mapping[str, Any]]) -> ClientSource:
   if not isinstance(data, Mapping):
     raise errors.DataError(
       f"clients: got {type(data).__name__}, expected {{client_id: {{field: "
-      "array}}}}"
+      "array}}"
     )
   clients: dict[str, Examples] = {}
   first_id, expected = None, {}

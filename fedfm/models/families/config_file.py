@@ -168,7 +168,8 @@ def parse_config(
     where = "architectures"
     if not isinstance(names, list) or not all(type(x) is str for x in names):
       raise errors.CheckpointError(
-        f"{path}: architectures is {names!r}, expected a list of one name"
+        f"{path}: architectures is {names!r}, which is not supported: expected "
+        "a list of one name"
       )
   else:
     kind = values.get("model_type")
