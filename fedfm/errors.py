@@ -35,10 +35,14 @@ class CheckpointError(FedFMError):
   """Weights or a run's folder cannot be read, written or trusted."""
 
 
-class SaveError(CheckpointError):
-  """A running job cannot write any more: a full disk, a limit, a lost mount."""
+class StorageError(CheckpointError):
+  """The machine cannot read files, which may be whole: a disk, a lost mount."""
 
   exit_code = 3
+
+
+class SaveError(StorageError):
+  """A running job cannot write any more: a full disk, a limit, a lost mount."""
 
 
 class DivergedError(FedFMError):

@@ -46,6 +46,7 @@ _MAY_CHANGE = (
   "mesh.fsdp",
   "mesh.tensor",
   "rounds_per_dispatch",
+  "data.path",  # But not what is there: see `recording.check_data`.
   "data.resident",
   "checkpoint",
   "safety",
@@ -55,7 +56,11 @@ _LOG = logging.getLogger("fedfm")
 
 def default_config() -> ml_collections.ConfigDict:
   """Returns every field with its default, to change and pass to `train`."""
-  return ml_collections.ConfigDict(settings_lib.to_dict(Settings()))
+  return ml_collections.ConfigDict(_defaults())
+
+
+def _defaults() -> dict[str, Any]:
+  return settings_lib.to_dict(Settings())
 
 
 def as_settings(config: Config) -> Settings:
@@ -100,7 +105,7 @@ def open_run(
     raise errors.CheckpointError(
       f"workdir: {folder} holds no config.json, expected a run's folder"
     )
-  config = run_folder.read_json(folder / "config.json")
+  config = run_folder.read_config(folder)
   experiment = build(_merge(config, changes or {}))
   experiment = hosting.open_store(experiment, folder, read_only=True)
   with checkpoint.Checkpointer(
@@ -148,7 +153,8 @@ def train(
   Raises:
     ConfigError: A bad field, or a folder that holds another run.
     DataError: Bad data.
-    CheckpointError: Bad weights, or a folder that cannot be written.
+    CheckpointError: Bad weights, a folder that cannot be written, or a run that
+      went on and has no intact checkpoint any more.
     SaveError: The disk was full, for example; what was saved is whole.
     DivergedError: The loss went wrong, where `safety` says to stop then.
     Stopped: SIGTERM or Ctrl-C; the state is saved.
@@ -199,7 +205,9 @@ def _claimed(
       may_change = _check_folder(settings, workdir, profile_round)
       if jax.process_index() == 0:
         claim = stack.enter_context(
-          run_folder.claim(workdir, config, may_change=may_change)
+          run_folder.claim(
+            workdir, config, may_change=may_change, defaults=_defaults()
+          )
         )
     except errors.FedFMError as e:
       error = e
@@ -242,14 +250,15 @@ def _check_folder(
   if not settings.deterministic:
     may_change = (*may_change, "lanes")
   config = settings_lib.to_dict(settings)
-  run_folder.check(workdir, config, may_change=may_change)
+  run_folder.check(workdir, config, may_change=may_change, defaults=_defaults())
   folder = workdir / "checkpoints"
   if folder.exists():
     with checkpoint.Checkpointer(folder, read_only=True) as checkpointer:
-      done = checkpointer.latest() or 0
-      if checkpointer.all_rounds():
+      done = 0
+      for round in reversed(checkpointer.all_rounds()):
         with contextlib.suppress(checkpoint.DamagedError):  # Told on restoring.
-          checkpointer.manifest(done)
+          done = checkpointer.manifest(round)["round"]
+          break
     if done > settings.rounds:
       raise errors.ConfigError(
         f"rounds: got {settings.rounds}, but the run in {workdir} has done "
@@ -303,7 +312,10 @@ def _run(
       first, state, extra = restored
       manifest = checkpointer.manifest(first)
       recording.check_base(folder, manifest, experiment)
+      recording.check_data(folder, manifest, experiment)
       recording.warn_of_versions(manifest)
+    else:
+      recording.check_nothing_done(folder, checkpointer.set_aside())
     hosting.take_back(experiment, state)
     if first_process:
       claim.commit()

@@ -37,7 +37,7 @@ class MetricsWriter:
     Args:
       folder: The run's folder.
       resume_round: The round that was restored: later lines, and torn ones, are
-        dropped. None starts anew.
+        dropped, and missing ones are warned of. None starts anew.
       tensorboard: Write event files, in `folder/tensorboard`, too.
 
     Raises:
@@ -46,9 +46,8 @@ class MetricsWriter:
     self._path = pathlib.Path(folder) / FILE
     self._events = None
     last = -1 if resume_round is None else resume_round
-    if self._path.exists():
-      _drop_after(self._path, last)
     try:
+      _drop_after(self._path, last)
       self._fd = os.open(
         self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
       )
@@ -155,6 +154,25 @@ class _Events:
   def close(self) -> None:
     with contextlib.suppress(OSError):
       self._writer.close()
+
+
+def last_round(folder: str | pathlib.Path) -> int:
+  """Returns the last round that has a line; -1 where none has.
+
+  Args:
+    folder: A run's folder.
+
+  Raises:
+    CheckpointError: The file cannot be read.
+  """
+  path = pathlib.Path(folder) / FILE
+  try:
+    rows = map(_parse, path.read_bytes().split(b"\n")[:-1])
+  except FileNotFoundError:
+    return -1
+  except OSError as e:
+    raise errors.CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
+  return max((row["round"] for row in rows if row is not None), default=-1)
 
 
 def read(folder: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -269,24 +287,35 @@ class Progress:
 def _parse(line: bytes) -> dict[str, Any] | None:
   """Returns the line's object, or None if it is not one with a round."""
   try:
-    row = json.loads(line)
-  except ValueError:
+    row = json.loads(line.decode())
+  except (ValueError, RecursionError):
     return None
   whole = isinstance(row, dict) and isinstance(row.get("round"), int)
   return row if whole else None
 
 
 def _drop_after(path: pathlib.Path, last: int) -> None:
-  text = path.read_bytes()
-  lines = text.split(b"\n")[:-1]
-  rows = [(line, _parse(line)) for line in lines]
+  text = path.read_bytes() if path.exists() else b""
+  rows = [(line, _parse(line)) for line in text.split(b"\n")[:-1]]
   kept = [
-    line for line, row in rows if row is not None and row["round"] <= last
+    (line, row["round"])
+    for line, row in rows
+    if row is not None and row["round"] <= last
   ]
   broken = sum(row is None for _, row in rows)
   if broken:
     _logger.warning("%s: dropped %d lines that are not JSON", path, broken)
-  new = b"".join(line + b"\n" for line in kept)
+  missing = sorted(set(range(last + 1)) - {round for _, round in kept})
+  if missing:
+    _logger.warning(
+      "%s: lacks the lines of %d of %d rounds, the first of them round %d; the "
+      "run goes on without them",
+      path,
+      len(missing),
+      last + 1,
+      missing[0],
+    )
+  new = b"".join(line + b"\n" for line, _ in kept)
   if new != text:
     run_folder.write_text(path, new.decode())
 

@@ -10,6 +10,7 @@ import jax
 from fedfm import (
   blueprint,
   checkpoint,
+  data_files,
   errors,
   goodput,
   planning,
@@ -34,7 +35,8 @@ def open_checkpoints(
     folder: The run's folder.
 
   Returns:
-    A checkpointer, whose manifests hold the config and the base's digest.
+    A checkpointer, whose manifests hold the config and the digests of the base
+    and of the data.
   """
   c = experiment.settings.checkpoint
   config = settings_lib.to_dict(experiment.settings)
@@ -55,6 +57,7 @@ def open_checkpoints(
       "config": config,
       "config_digest": checkpoint.json_digest(config),
       "base": _describe_base(experiment),
+      "data": data_files.digest(experiment.settings),
     },
   )
 
@@ -89,6 +92,61 @@ def check_base(
       f"model.path: the weights of {base['path']} are not those that the run "
       f"in {folder} was started from: digest {base['digest'][:23]}, expected "
       f"{stored['digest'][:23]} (of {stored['path']})"
+    )
+
+
+def check_data(
+  folder: pathlib.Path, manifest: dict[str, Any], experiment: Experiment
+) -> None:
+  """Checks that a checkpoint was made with the data that are here now.
+
+  Args:
+    folder: The run's folder, for the message.
+    manifest: The checkpoint's; one of an older version has no digest.
+    experiment: What is to go on from it.
+
+  Raises:
+    DataError: The files hold something else, or are elsewhere and there is no
+      digest to tell.
+  """
+  settings, run = experiment.settings, manifest["run"]
+  now, path = data_files.digest(settings), data_files.place(settings)
+  if "data" not in run:
+    was = run["config"]["data"]["path"]
+    if was != settings.data.path:
+      raise errors.DataError(
+        f"data.path: had {was!r}, now {settings.data.path!r}, and the run in "
+        f"{folder} has no digest of its data to compare"
+      )
+  elif run["data"] != now:
+    raise errors.DataError(
+      f"data.path: {path} does not hold the data that the run in {folder} was "
+      f"started with: digest {now[:23]}, expected {run['data'][:23]}"
+    )
+
+
+def check_nothing_done(folder: pathlib.Path, set_aside: list[str]) -> None:
+  """Checks that a run without an intact checkpoint has not begun to train.
+
+  The first line of training is written after the checkpoint of round 0 is
+  whole, and from then on there always is one. Without it the run would start
+  over, and its metrics would go.
+
+  Args:
+    folder: The run's folder.
+    set_aside: The names of its damaged checkpoints.
+
+  Raises:
+    CheckpointError: It has.
+  """
+  done = metrics_lib.last_round(folder)
+  trained = [name for name in set_aside if not name.startswith("0.")]
+  if done > 0 or trained:
+    damaged = f"; damaged: {', '.join(trained)}" if trained else ""
+    raise errors.CheckpointError(
+      f"workdir: {folder} has metrics of {max(done, 0)} rounds and no intact "
+      f"checkpoint{damaged}; start in a new folder, or remove "
+      f"{metrics_lib.FILE} and checkpoints to begin again"
     )
 
 
@@ -159,7 +217,7 @@ def summary(folder: pathlib.Path, settings: Settings) -> dict[str, Any]:
   elapsed = seconds.pop("time/elapsed_seconds")
   peaks = {k for line in lines for k in line if k.startswith("memory/")}
   return {
-    "rounds": lines[-1]["round"],
+    "rounds": settings.rounds,
     "algorithm": settings.algorithm,
     "base": evaluated[0] if evaluated else {},
     "final": evaluated[-1] if evaluated else {},

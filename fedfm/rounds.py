@@ -286,6 +286,8 @@ class Training:
       self._rollbacks < self._settings.safety.max_rollbacks
     ):
       return self._roll_back(problem, line, state)
+    # As everywhere: what is told of is in a checkpoint, or after one.
+    self._checkpointer.wait()
     self._write(line)
     latest = self._checkpointer.latest()
     after = f" after {self._rollbacks} roll-backs" if self._rollbacks else ""

@@ -1,6 +1,6 @@
 """A run's folder: one writer at a time, one config, files written whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import datetime
 import fcntl
@@ -71,17 +71,19 @@ class RunFolder:
     if not self._committed:
       self._remove_made()
 
-  def _open(self, may_change: Sequence[str]) -> None:
+  def _open(
+    self, may_change: Sequence[str], defaults: Mapping[str, Any]
+  ) -> None:
     for folder in reversed([self.path, *self.path.parents]):
       if not folder.exists():
         folder.mkdir(exist_ok=True)
         self._made.append(folder)
     _check_is_run(self.path)
     self._lock, self._old_owner = _lock(self.path)
-    file = self.path / CONFIG
-    self.resumed = file.exists()
+    self.resumed = (self.path / CONFIG).exists()
     if self.resumed:
-      self._rewrite = bool(_differing(file, self._config, may_change))
+      differing = _differing(self.path, self._config, may_change, defaults)
+      self._rewrite = bool(differing)
     else:
       self._rewrite = True
 
@@ -96,6 +98,7 @@ def claim(
   config: dict[str, Any],
   *,
   may_change: Sequence[str] = ("rounds",),
+  defaults: Mapping[str, Any] | None = None,
 ) -> RunFolder:
   """Makes a folder this process's own, and compares its config.
 
@@ -107,6 +110,8 @@ def claim(
     config: JSON data, stored as `config.json` by `commit`.
     may_change: Dotted fields (with all below them) that may differ from the
       stored config, which is then rewritten.
+    defaults: Values of fields that the stored config lacks, as that of an older
+      version does; default none.
 
   Returns:
     The folder, locked.
@@ -119,7 +124,7 @@ def claim(
   """
   run = RunFolder(pathlib.Path(workdir).absolute(), config)
   try:
-    run._open(may_change)
+    run._open(may_change, defaults or {})
   except BaseException as e:
     run.close()
     run._remove_made()
@@ -136,6 +141,7 @@ def check(
   config: dict[str, Any],
   *,
   may_change: Sequence[str] = ("rounds",),
+  defaults: Mapping[str, Any] | None = None,
 ) -> None:
   """Raises what `claim` would raise at once; touches nothing.
 
@@ -143,6 +149,7 @@ def check(
     workdir: The run's folder, which may be missing.
     config: As in `claim`.
     may_change: As in `claim`.
+    defaults: As in `claim`.
 
   Raises:
     ConfigError: The folder holds a run with another config.
@@ -164,7 +171,7 @@ def check(
   if existing == path:
     _check_is_run(path)
     if (path / CONFIG).exists():
-      _differing(path / CONFIG, config, may_change)
+      _differing(path, config, may_change, defaults or {})
 
 
 def write_json(path: str | pathlib.Path, obj: Any) -> None:
@@ -225,8 +232,29 @@ def read_json(path: str | pathlib.Path) -> Any:
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except OSError as e:
     raise errors.CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise errors.CheckpointError(f"{path}: not JSON: {e}") from e
+
+
+def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Reads the config of the run that a folder holds.
+
+  Args:
+    workdir: The folder.
+
+  Returns:
+    Its fields.
+
+  Raises:
+    CheckpointError: There is none, or it is not a JSON object.
+  """
+  path = pathlib.Path(workdir) / CONFIG
+  config = read_json(path)
+  if not isinstance(config, dict):
+    raise errors.CheckpointError(
+      f"{path}: got a JSON {type(config).__name__}, expected an object"
+    )
+  return config
 
 
 def _check_is_run(path: pathlib.Path) -> None:
@@ -283,9 +311,9 @@ def _write_owner(lock: int, text: bytes) -> None:
     os.pwrite(lock, text, 0)
 
 
-def _differing(file, config, may_change) -> list[str]:
+def _differing(path, config, may_change, defaults) -> list[str]:
   """Names the fields that differ; raises where one of them may not."""
-  stored = dict(_flatten(read_json(file)))
+  stored = dict(_flatten(_filled(read_config(path), defaults)))
   # Through JSON, so that tuples and lists compare equal.
   given = dict(_flatten(json.loads(json.dumps(config))))
   fields = [*stored, *(name for name in given if name not in stored)]
@@ -301,9 +329,20 @@ def _differing(file, config, may_change) -> list[str]:
   ]
   if refused:
     raise errors.ConfigError(
-      f"{file}: the run was started with another config: {'; '.join(refused)}"
+      f"{path / CONFIG}: the run was started with another config: "
+      f"{'; '.join(refused)}"
     )
   return differing
+
+
+def _filled(config: Any, defaults: Any) -> Any:
+  """Adds fields that are missing; {} is a value, not a group of fields."""
+  if not isinstance(config, dict) or not isinstance(defaults, Mapping):
+    return config
+  if not defaults:
+    return config
+  both = {k: _filled(config[k], defaults.get(k)) for k in config}
+  return {**defaults, **both}
 
 
 def _flatten(obj: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from fedfm import metrics
 
@@ -26,7 +26,12 @@ class RunLog(logging.Handler):
       folder: The run's folder.
     """
     super().__init__(logging.INFO)
-    self._file = (folder / FILE).open("a", encoding="utf-8", buffering=1)
+    self._file: TextIO | None = None
+    path = folder / FILE
+    try:
+      self._file = path.open("a", encoding="utf-8", buffering=1)
+    except OSError as e:
+      _LOG.warning("%s: cannot be written: %s", path, e.strerror)
 
   def __enter__(self) -> Self:
     _LOG.addHandler(self)
@@ -58,14 +63,17 @@ class RunLog(logging.Handler):
       text: The line.
       warning: Whether it is about something wrong.
     """
+    if self._file is None:
+      return
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError, ValueError):
       self._file.write(f"{now}  {'WARNING: ' if warning else ''}{text}\n")
 
   def close(self) -> None:
     """Closes the file; closing twice is fine."""
-    with contextlib.suppress(OSError):
-      self._file.close()
+    if self._file is not None:
+      with contextlib.suppress(OSError):
+        self._file.close()
     super().close()
 
 

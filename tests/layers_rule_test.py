@@ -58,6 +58,7 @@ EXPERIMENT = {
   "choices",
   "comparison",
   "comparison_checks",
+  "data_files",
   "dispatch",
   "experiment",
   "host_memory",

@@ -10,24 +10,19 @@ from collections.abc import Callable, Mapping
 import json
 import logging
 import pathlib
-import re
 from typing import Any, Self
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from fedfm import errors
+from fedfm.checkpoint import failures, placing
 from fedfm.checkpoint import folder as folders
 from fedfm.checkpoint import items as host_items
 from fedfm.checkpoint import manifest as manifests
-from fedfm.checkpoint import placing
 
 PyTree = Any
 _logger = logging.getLogger(__name__)
-# The machine's failures, not the files': no reason to set a checkpoint aside.
-_MACHINE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-_MACHINE_CODES = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
-
 # Orbax's threads log the traceback of a failed save, which `wait` raises too.
 logging.getLogger("absl").addFilter(
   lambda record: "_SignalingThread.run()" not in record.getMessage()
@@ -61,7 +56,7 @@ class Checkpointer:
       keep_last: How many of the newest rounds to keep; None keeps all.
       keep_every: Rounds that this divides are never deleted.
       keep_best: Maps a checkpoint's `extra` to a score; the round with the
-        lowest is never deleted.
+        lowest is never deleted. One that is not finite does not count.
       regular: The newest round that this divides is kept too.
       items: State on the host to save and restore along, by name.
       run: JSON data for every manifest, the same in all rounds.
@@ -95,6 +90,8 @@ class Checkpointer:
       ) from e
     if not self._folder.path.is_dir():
       raise errors.CheckpointError(f"{folder}: not a folder of checkpoints")
+    if not read_only:
+      self._folder.put_back()
 
   def __enter__(self) -> Self:
     return self
@@ -133,7 +130,8 @@ class Checkpointer:
 
     Returns:
       True if it is being written; False if this round is already saved with
-      the same content. Other content of the same round is replaced.
+      the same content. Other content of the same round is replaced, and is
+      there again if that fails.
 
     Raises:
       SaveError: This save, or the one in flight before, failed (the older
@@ -150,6 +148,7 @@ class Checkpointer:
     self.wait()
     leaves = manifests.named_leaves(state)
     manifest = manifests.make(round, leaves, extra or {}, self._run)
+    self._folder.sweep(temporary=True)
     if round in self._folder.entries():
       try:
         if manifests.is_same(self.manifest(round), manifest):
@@ -157,7 +156,6 @@ class Checkpointer:
         self._move(round, "replaced")
       except manifests.DamagedError as e:
         self._set_aside(round, e)
-    self._folder.sweep(temporary=True)
     arrays: PyTree = {
       path: x for path, x in leaves.items() if placing.has_content(x)
     }
@@ -330,7 +328,7 @@ class Checkpointer:
     except Exception as e:
       error = e
     if folders.on_any_process(error is not None):
-      error = error or manifests.DamagedError("another process cannot read it")
+      error = error or _elsewhere()
       raise self._load_error(round, error) from error
     empty = {p: x for p, x in specs.items() if not placing.has_content(x)}
     loaded |= {path: placing.empty_like(x) for path, x in empty.items()}
@@ -353,45 +351,43 @@ class Checkpointer:
     return self._folder.move(round, label)
 
   def _prune(self) -> None:
+    self._score()
     rounds = self.all_rounds()
-    keep = set(
-      rounds if self._keep_last is None else rounds[-self._keep_last :]
+    keep = folders.to_keep(
+      rounds, self._keep_last, self._keep_every, self._regular, self._scores
     )
-    keep |= set([r for r in rounds if r % self._regular == 0][-1:])
-    if self._keep_every:
-      keep |= {r for r in rounds if r % self._keep_every == 0}
-    if self._keep_best:
-      for r in set(rounds) - set(self._scores):
-        self._scores[r] = self._keep_best(self.manifest(r)["extra"])
-      keep.add(min(rounds, key=lambda r: self._scores[r]))
     for r in rounds:
       if r not in keep:
         self._move(r, "deleted")
     self._folder.sweep()
 
+  def _score(self) -> None:
+    """Scores rounds that are new; a damaged one is set aside."""
+    if self._keep_best is None:
+      return
+    for r in self.all_rounds():
+      if r in self._scores:
+        continue
+      error: errors.CheckpointError | None = None
+      try:
+        self._scores[r] = self._keep_best(self.manifest(r)["extra"])
+      except manifests.DamagedError as e:
+        error = e
+      if folders.on_any_process(error is not None):
+        self._set_aside(r, error or _elsewhere())
+
   def _save_error(self, round, error) -> errors.SaveError:
     if jax.process_count() == 1:
       self._folder.sweep(temporary=True)  # It may hold the last free bytes.
+      self._folder.put_back()
     return errors.SaveError(
-      f"{self._folder.at(round)}: not saved: {_one_line(error)}; whole "
-      f"checkpoints: {self.all_rounds()}"
+      f"{self._folder.at(round)}: not saved: {failures.one_line(error)}; "
+      f"whole checkpoints: {self.all_rounds()}"
     )
 
   def _load_error(self, round, error) -> errors.CheckpointError:
-    """Tells what is wrong with the files from everything else."""
-    place = self._folder.at(round)
-    if isinstance(error, errors.CheckpointError):
-      if str(error).startswith(f"{place}: "):
-        return error
-      return type(error)(f"{place}: {error}")
-    text = f"{place}: unreadable: {_one_line(error)}"
-    machine = isinstance(error, _MACHINE) or any(
-      code in str(error) for code in _MACHINE_CODES
-    )
-    return (errors.CheckpointError if machine else manifests.DamagedError)(text)
+    return failures.of_reading(self._folder.at(round), error)
 
 
-def _one_line(error: Any) -> str:
-  # TensorStore appends its whole specification, as [name='...'].
-  text = re.split(r" \[\w+='", " ".join(str(error).split()))[0]
-  return f"{type(error).__name__}: {text[:400]}" if text else repr(error)
+def _elsewhere() -> manifests.DamagedError:
+  return manifests.DamagedError("another process cannot read it")

@@ -15,6 +15,7 @@ import shutil
 from typing import Any, Protocol
 
 from fedfm import errors
+from fedfm.checkpoint import failures
 from fedfm.checkpoint import manifest as manifests
 
 
@@ -87,11 +88,12 @@ def check_files(
 
   Raises:
     DamagedError: A file is missing, unknown or changed.
+    StorageError: A file cannot be read.
   """
   try:
     found = _records(folder / name)
   except OSError as e:
-    raise manifests.DamagedError(f"item {name}: {e.strerror}") from e
+    raise failures.of_reading(f"item {name}", e) from e
   for file in sorted(files.keys() | found.keys()):
     if files.get(file) != found.get(file):
       raise manifests.DamagedError(

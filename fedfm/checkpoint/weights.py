@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from fedfm import errors, trees
+from fedfm.checkpoint import failures
 from fedfm.checkpoint import manifest as manifests
 
 PyTree = Any
@@ -55,7 +56,9 @@ def save(
       str(path), leaves, custom_metadata={"fedfm_weights": _sealed(body)}
     )
   except Exception as e:
-    raise errors.CheckpointError(f"{path}: not written: {_line(e)}") from e
+    raise errors.CheckpointError(
+      f"{path}: not written: {failures.one_line(e)}"
+    ) from e
 
 
 def describe(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def load(
   try:
     loaded: Any = ocp.load(str(path), abstract)
   except Exception as e:
-    raise manifests.DamagedError(f"{path}: unreadable: {_line(e)}") from e
+    raise failures.of_reading(path, e) from e
   for name in wanted:
     if _record(name, loaded[name]) != saved[name]:
       raise manifests.DamagedError(f"{path}: parameter {name} was changed")
@@ -143,7 +146,7 @@ def _manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     intact = manifest == _sealed(body)
     newer = manifest["format"] > FORMAT
   except Exception as e:
-    raise manifests.DamagedError(f"{path}: unreadable: {_line(e)}") from e
+    raise failures.of_reading(path, e) from e
   if not intact:
     raise manifests.DamagedError(f"{path}: the manifest was changed")
   if newer:
@@ -175,7 +178,3 @@ def _pieces(x: jax.Array) -> Iterator[jax.Array]:
   rows = max(1, _PIECE // (x.nbytes // x.shape[0]))
   for i in range(0, x.shape[0], rows):
     yield x[i : i + rows]
-
-
-def _line(error: Exception) -> str:
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
