@@ -8,7 +8,15 @@ import shutil
 import pytest
 import tiny
 
-from fedfm import checkpoint, errors, experiment, metrics, recording
+from fedfm import (
+  checkpoint,
+  data_files,
+  errors,
+  experiment,
+  metrics,
+  recording,
+  settings,
+)
 from fedfm.data import file_digest
 
 METADATA = "_CHECKPOINT_METADATA"
@@ -220,6 +228,20 @@ def test_a_manifest_without_a_digest_of_data_goes_on(built, whole):
   shutil.copy(built.settings.data.path, other.settings.data.path)
   with pytest.raises(errors.DataError, match="data.path: had .* no digest"):
     recording.check_data(whole, manifest, other)
+
+
+def test_the_files_of_clients_are_data_with_their_names(tmp_path):
+  def digest():
+    data = {"name": "files", "path": str(tmp_path), "files": "*.jsonl"}
+    return data_files.digest(settings.from_dict({"data": data}))
+
+  for name in ("a.jsonl", "b.jsonl", "README"):
+    (tmp_path / name).write_text(name)
+  name = digest()
+  (tmp_path / "README").write_text("of no client")
+  assert digest() == name
+  (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
+  assert digest() != name
 
 
 def test_a_digest_of_files_is_of_their_content(tmp_path):

@@ -1,10 +1,12 @@
 """Sources of TFDS data sets, without TensorFlow."""
 
+import shutil
+
 import numpy as np
 import pytest
 from reference import assert_one_line
 
-from fedfm import errors, models, population
+from fedfm import data_files, errors, models, population
 from fedfm import settings as settings_lib
 from fedfm.data import byte_tokenizer, files
 
@@ -177,3 +179,17 @@ def test_from_tfds_says_when_files_are_damaged(tfds_dir, tmp_path):
   with pytest.raises(errors.DataError) as error:
     files.from_tfds("fedfm_toy", "train", "user", tmp_path, fields=["x"])
   assert_one_line(error, "fedfm_toy")
+
+
+def test_a_digest_is_of_the_files_of_a_data_set(tfds_dir, tmp_path):
+  def digest(folder):
+    data = {"name": "fedfm_toy", "path": str(folder)}
+    return data_files.digest(settings_lib.from_dict({"data": data}))
+
+  copied = shutil.copytree(tfds_dir, tmp_path / "copied")
+  assert digest(copied) == digest(tfds_dir)
+  (file,) = copied.rglob("*.array_record*")
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+  assert digest(copied) != digest(tfds_dir)
