@@ -312,7 +312,7 @@ def _run(
       first, state, extra = restored
       manifest = checkpointer.manifest(first)
       recording.check_base(folder, manifest, experiment)
-      recording.check_data(folder, manifest, experiment)
+      recording.check_data(folder, manifest, checkpointer.run)
       recording.warn_of_versions(manifest)
     else:
       recording.check_nothing_done(folder, checkpointer.set_aside())

@@ -57,7 +57,7 @@ def open_checkpoints(
       "config": config,
       "config_digest": checkpoint.json_digest(config),
       "base": _describe_base(experiment),
-      "data": data_files.digest(experiment.settings),
+      "data": data_files.digest(experiment.settings, experiment.data.train),
     },
   )
 
@@ -96,32 +96,30 @@ def check_base(
 
 
 def check_data(
-  folder: pathlib.Path, manifest: dict[str, Any], experiment: Experiment
+  folder: pathlib.Path, manifest: dict[str, Any], now: dict[str, Any]
 ) -> None:
   """Checks that a checkpoint was made with the data that are here now.
 
   Args:
     folder: The run's folder, for the message.
     manifest: The checkpoint's; one of an older version has no digest.
-    experiment: What is to go on from it.
+    now: As `manifest["run"]`, of what is to go on.
 
   Raises:
-    DataError: The files hold something else, or are elsewhere and there is no
-      digest to tell.
+    DataError: The data are other ones, or elsewhere without a digest to tell.
   """
-  settings, run = experiment.settings, manifest["run"]
-  now, path = data_files.digest(settings), data_files.place(settings)
-  if "data" not in run:
-    was = run["config"]["data"]["path"]
-    if was != settings.data.path:
-      raise errors.DataError(
-        f"data.path: had {was!r}, now {settings.data.path!r}, and the run in "
-        f"{folder} has no digest of its data to compare"
-      )
-  elif run["data"] != now:
+  was = manifest["run"]
+  old, new = was["config"]["data"]["path"], now["config"]["data"]["path"]
+  if "data" not in was and old != new:
     raise errors.DataError(
-      f"data.path: {path} does not hold the data that the run in {folder} was "
-      f"started with: digest {now[:23]}, expected {run['data'][:23]}"
+      f"data.path: had {old!r}, now {new!r}, and the run in {folder} has no "
+      "digest of its data to compare"
+    )
+  if was.get("data", now["data"]) != now["data"]:
+    raise errors.DataError(
+      f"data.path: {new or now['config']['data']['name']} does not hold the "
+      f"data that the run in {folder} was started with: digest "
+      f"{now['data'][:23]}, expected {was['data'][:23]}"
     )
 
 

@@ -35,6 +35,9 @@ class Checkpointer:
   Saving is asynchronous: `save` returns when the arrays are copied, so the
   state may be donated at once. One save is in flight at a time; the next
   `save`, `wait`, `restore` or `close` raises if it failed.
+
+  Attributes:
+    run: JSON data that every manifest gets.
   """
 
   def __init__(
@@ -77,7 +80,7 @@ class Checkpointer:
     self._keep_best = keep_best
     self._regular = regular
     self._items = items or {}
-    self._run = run
+    self.run = run or {}
     self._read_only = read_only
     self._scores: dict[int, float] = {}
     self._pending: tuple[int, Any] | None = None
@@ -147,7 +150,7 @@ class Checkpointer:
       raise errors.CheckpointError(f"round: got {round}, expected at least 0")
     self.wait()
     leaves = manifests.named_leaves(state)
-    manifest = manifests.make(round, leaves, extra or {}, self._run)
+    manifest = manifests.make(round, leaves, extra or {}, self.run)
     self._folder.sweep(temporary=True)
     if round in self._folder.entries():
       try:

@@ -53,16 +53,3 @@ def digest(
       f"{e.filename or 'data'}: cannot be read: {e.strerror}"
     ) from e
   return f"sha256:{hashed.hexdigest()}"
-
-
-def tfds_folder(name: str, data_dir: str | None) -> pathlib.Path:
-  """Returns where a TFDS data set's files are.
-
-  Args:
-    name: As in `from_tfds`, of a data set that is prepared.
-    data_dir: Likewise.
-  """
-  # Slow to import, but has been where the data are read.
-  import tensorflow_datasets as tfds
-
-  return pathlib.Path(tfds.builder(name, data_dir=data_dir).data_dir)

@@ -78,17 +78,6 @@ def standard_library_files() -> list[SourceFile]:
   return result
 
 
-def folder(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
-  """Returns where the built files are, or will be; see `load`."""
-  return _root(data_dir) / NAME / _config_name() / _VERSION
-
-
-def _root(data_dir: str | os.PathLike | None) -> pathlib.Path:
-  return pathlib.Path(
-    data_dir or os.environ.get("FEDFM_DATA_DIR") or "~/.cache/fedfm"
-  ).expanduser()
-
-
 def load(data_dir: str | os.PathLike | None = None) -> source.FederatedData:
   """Returns the data set as text, building it on first use (a few seconds).
 
@@ -104,7 +93,11 @@ def load(data_dir: str | os.PathLike | None = None) -> source.FederatedData:
   Raises:
     DataError: The folder cannot be written to, or its files are damaged.
   """
-  root, config, built = _root(data_dir), _config_name(), folder(data_dir)
+  root = pathlib.Path(
+    data_dir or os.environ.get("FEDFM_DATA_DIR") or "~/.cache/fedfm"
+  ).expanduser()
+  config = _config_name()
+  built = root / NAME / config / _VERSION
   if not built.exists():
     try:
       _build(root, built)
@@ -256,13 +249,13 @@ def _builder_class() -> type:
 def _build(root: pathlib.Path, built: pathlib.Path) -> None:
   """Builds in a private folder, then renames, as others may build as well."""
   root.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".build-", dir=root) as part:
+  with tempfile.TemporaryDirectory(prefix=".build-", dir=root) as folder:
     # TFDS prints and draws progress bars whatever it is told.
     with (
       contextlib.redirect_stdout(io.StringIO()),
       contextlib.redirect_stderr(io.StringIO()),
     ):
-      builder = _builder_class()(data_dir=part, file_format="array_record")
+      builder = _builder_class()(data_dir=folder, file_format="array_record")
       builder.download_and_prepare()
     built.parent.mkdir(parents=True, exist_ok=True)
     try:
