@@ -202,8 +202,7 @@ class Experiment:
       source.ids,
       batch_size=e.batch_size,
       lanes=self.num_lanes,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      own_lanes=clients.own_lanes(self.mesh, self.num_lanes),
     )
     return clients.put(packed, self.mesh)
 
@@ -241,6 +240,7 @@ class Experiment:
       [self.plan(r) for r in rounds],
       sizes,
       self.num_lanes,
+      self.mesh,
       self.aligned,
     )
 

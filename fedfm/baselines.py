@@ -83,8 +83,7 @@ def local_only(
     lanes=experiment.num_lanes,
     shuffle=True,
     seed=s.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    own_lanes=clients.own_lanes(experiment.mesh, experiment.num_lanes),
     rates=[rate] * len(ids),
     **options,
   )

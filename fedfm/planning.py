@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from fedfm import errors, host_memory, trees
+from fedfm.clients import own_lanes
 from fedfm.data import layout, packing
 from fedfm.data.continual import Schedule
 from fedfm.data.realism import Costs, Realism
@@ -342,6 +343,7 @@ def pack(
   works: Sequence[Work],
   sizes: Sizes,
   lanes: int,
+  mesh: Mesh,
   aligned: bool = False,
 ) -> list[Cohort]:
   """Packs this process's part of some rounds, in buffers of one size.
@@ -353,6 +355,7 @@ def pack(
     works: Who works in each.
     sizes: What their buffers may have.
     lanes: Number of lanes.
+    mesh: Says which of them this process's devices hold.
     aligned: Whether the clients keep their places.
 
   Returns:
@@ -371,8 +374,7 @@ def pack(
       shuffle=True,
       seed=settings.seed,
       round=round_index,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      own_lanes=own_lanes(mesh, lanes),
       step_buckets=sizes.steps,
       slot_buckets=sizes.slots,
       client_buckets=sizes.clients,

@@ -15,6 +15,18 @@ Array = Any  # A jax or NumPy array.
 LossFn = Callable[[PyTree, PyTree, PyTree, Any], tuple[Any, PyTree]]
 
 
+class LanePart(NamedTuple):
+  """Which lanes of a cohort one process packed.
+
+  Attributes:
+    num_lanes: Lanes of the whole cohort.
+    lanes: Their numbers that are here, ascending.
+  """
+
+  num_lanes: int
+  lanes: tuple[int, ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cohort:
@@ -41,6 +53,10 @@ class Cohort:
   order: Array  # shape=(clients,), dtype=int32: lane * slots + slot, or -1
   # Row r of the client store is slot r % slots of lane r // slots.
   aligned: bool = dataclasses.field(default=False, metadata={"static": True})
+  # What one process packed, until it is placed on a mesh; None: all lanes.
+  part: LanePart | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
 
   @property
   def num_lanes(self) -> int:

@@ -56,8 +56,8 @@ _HEARTBEAT = 40
 def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
   """Parses flags and runs `main`; ends with a code that says how it went.
 
-  0 done; 1 a bug, with a traceback; 2 bad input; 3 the disk is full or fails, or
-  the memory is full; 4 the loss went wrong; 5 another process was lost; 130
+  0 done; 1 a bug, with a traceback; 2 bad input; 3 the disk is full or fails,
+  or the memory is full; 4 the loss went wrong; 5 another process was lost; 130
   Ctrl-C and 143 SIGTERM, of a run that saved its state. All but 1 print one
   line.
 

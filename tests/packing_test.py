@@ -206,6 +206,9 @@ def test_processes_hold_their_own_lanes_of_one_layout(
     elif field.name in ("boundaries", "num_segments", "order", "aligned"):
       for value in values:
         np.testing.assert_array_equal(value, getattr(whole, field.name))
+    elif field.name == "part":
+      lanes_of = [v.lanes if v else range(options["lanes"]) for v in values]
+      assert sum(map(list, lanes_of), []) == list(range(options["lanes"]))
     else:
       np.testing.assert_array_equal(
         np.concatenate(values), getattr(whole, field.name)
@@ -325,6 +328,22 @@ NUMBERS = np.arange(3, dtype=np.int32)
         (
             None, IDS, {"lanes": "auto", "process_count": 999},
             errors.ConfigError, ["lanes", "999"],
+        ),
+        (
+            None, IDS, {"own_lanes": [0, 2]},
+            errors.ConfigError, ["own_lanes", "2", "0 to 1"],
+        ),
+        (
+            None, IDS, {"own_lanes": [1, 0]},
+            errors.ConfigError, ["own_lanes", "[1, 0]", "ascending"],
+        ),
+        (
+            None, IDS, {"own_lanes": [0], "lanes": "auto"},
+            errors.ConfigError, ["lanes", "'auto'", "own_lanes"],
+        ),
+        (
+            None, IDS, {"own_lanes": [0], "process_count": 2},
+            errors.ConfigError, ["process_count", "2", "own_lanes"],
         ),
         (
             None, IDS, {"process_count": 2, "process_index": 2},

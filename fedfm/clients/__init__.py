@@ -1,7 +1,7 @@
 """What a client does, and how a cohort of them runs on lanes."""
 
 from fedfm.clients.accumulation import accumulated
-from fedfm.clients.cohort import put, put_rounds
+from fedfm.clients.cohort import own_lanes, put, put_rounds
 from fedfm.clients.engine import CohortResult, run_cohort
 from fedfm.clients.local import local_update
 from fedfm.clients.naming import naming_clients
@@ -11,6 +11,7 @@ __all__ = [
   "accumulated",
   "local_update",
   "naming_clients",
+  "own_lanes",
   "put",
   "put_rounds",
   "run_cohort",

@@ -167,11 +167,10 @@ def _one_lane(cohort: Cohort, lane: Any) -> Cohort:
   def cut(x):
     return jax.lax.dynamic_slice_in_dim(x, lane, 1)
 
-  whole = {*cohorts.REPLICATED, "aligned"}
   parts = {
     field.name: jax.tree.map(cut, getattr(cohort, field.name))
     for field in dataclasses.fields(cohort)
-    if field.name not in whole
+    if field.name not in cohorts.REPLICATED and not field.metadata.get("static")
   }
   # A lane alone finds the states of its clients by their rows.
   return dataclasses.replace(cohort, **parts, aligned=False)

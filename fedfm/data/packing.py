@@ -11,7 +11,7 @@ import numpy as np
 from fedfm import errors
 from fedfm.data.layout import align, assign, auto_lanes, bucket
 from fedfm.data.source import ClientSource
-from fedfm.types import Cohort
+from fedfm.types import Cohort, LanePart
 
 NUM_EXAMPLES = "num_examples"  # Of rows that hold several examples.
 
@@ -85,6 +85,24 @@ def _check_lanes(lanes, processes) -> None:
     )
 
 
+def _check_own_lanes(own_lanes, lanes, processes) -> None:
+  if processes > 1:
+    raise errors.ConfigError(
+      f"process_count: got {processes}, expected 1 beside own_lanes, which "
+      "say what this process packs"
+    )
+  if lanes == "auto":
+    raise errors.ConfigError(
+      "lanes: got 'auto', expected their number beside own_lanes"
+    )
+  for lane in own_lanes:
+    _check_integer("own_lanes", lane, 0, lanes - 1)
+  if list(own_lanes) != sorted(set(own_lanes)):
+    raise errors.ConfigError(
+      f"own_lanes: got {list(own_lanes)}, expected them ascending"
+    )
+
+
 def pack(
   source: ClientSource,
   ids: Sequence[str],
@@ -101,6 +119,7 @@ def pack(
   aligned: bool = False,
   process_index: int = 0,
   process_count: int = 1,
+  own_lanes: Sequence[int] | None = None,
   step_buckets: Iterable[int] | None = None,
   slot_buckets: Iterable[int] | None = None,
   client_buckets: Iterable[int] | None = None,
@@ -125,8 +144,13 @@ def pack(
     rates: Multiplies each client's learning rate; default 1.
     aligned: Put every client on the lane and slot where its row of the client
       store lies; see `align`. All of `source.ids` have a slot.
-    process_index: This process; it reads only the clients of its own lanes.
+    process_index: This process. Of `process_count`, each packs an equal block
+      of the lanes, as is right where no part of the mesh axis `clients` is
+      shared by processes.
     process_count: Processes; `lanes` must divide by it.
+    own_lanes: Instead of both, the numbers of the lanes to pack, ascending:
+      what `clients.own_lanes` gives for a mesh. Beside the first client of the
+      cohort, whose shapes all must have, only their clients are read.
     step_buckets: Allowed lengths of the step axis; default powers of two.
     slot_buckets: Likewise for clients a lane.
     client_buckets: Likewise for clients of the cohort.
@@ -162,6 +186,8 @@ def pack(
   if lanes != "auto":
     _check_integer("lanes", lanes, 1, otherwise=", or 'auto'")
     _check_lanes(lanes, process_count)
+  if own_lanes is not None:
+    _check_own_lanes(own_lanes, lanes, process_count)
   if len(set(ids)) < len(ids):
     repeated = next(i for i in ids if ids.count(i) > 1)
     raise errors.DataError(f"cohort: client {repeated!r} is there twice")
@@ -205,10 +231,11 @@ def pack(
     for client in clients:
       order[client] = lane * num_slots + slot_of[client]
 
-  per_process = lanes // process_count
-  first = process_index * per_process
-  own = layout[first : first + per_process]
-  shape, slots = (per_process, num_steps), (per_process, num_slots)
+  if own_lanes is None:
+    block = lanes // process_count
+    own_lanes = range(process_index * block, (process_index + 1) * block)
+  own = [layout[lane] for lane in own_lanes]
+  shape, slots = (len(own), num_steps), (len(own), num_slots)
   arrays = {
     "slot": np.zeros(shape, np.int32),
     "start": np.zeros(shape, bool),
@@ -264,6 +291,7 @@ def pack(
     num_segments=np.asarray(len(ends), np.int32),
     order=order,
     aligned=aligned,
+    part=None if len(own) == lanes else LanePart(lanes, tuple(own_lanes)),
     **arrays,
   )
 
