@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 
 from fedfm import assembly, errors, personalization, run_folder
@@ -227,7 +228,11 @@ def _in_parallel(first: Experiment) -> Callable[..., Any]:
   # Only random weights differ between seeds.
   own_base = first.base is not None and first.settings.model.init == "random"
   axes = (0, 0 if own_base else None, 0)
-  run = jax.jit(jax.vmap(first.algorithm.round, in_axes=axes))
+  run = jax.jit(
+    jax.vmap(first.algorithm.round, in_axes=axes),
+    # Metrics are whole in every process.
+    out_shardings=(None, NamedSharding(first.mesh, jax.P())),
+  )
 
   def stack(trees):
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)

@@ -61,36 +61,58 @@ def test_two_processes_equal_one(tmp_path, in_parts):
   if in_parts:
     values |= {"rounds_per_dispatch": 2, "checkpoint": {"every": 2}}
     values["data"] |= {"resident": True}
-  config = tmp_path / "config.py"
-  config.write_text(
-    "import ml_collections\n"
-    f"def get_config():\n  return ml_collections.ConfigDict({values!r})\n"
-  )
+  config = _write(tmp_path / "config.py", values)
   one, two = tmp_path / "one", tmp_path / "two"
-  port = _free_port()
-  running = [
-    _start(
-      config,
-      two,
-      4,
-      f"--coordinator=localhost:{port}",
-      "--num_processes=2",
-      f"--process_id={i}",
-    )
-    for i in range(2)
-  ]
-  for process in running:
+  for process in _start_two(config, two, devices=4):
     _finish(process)
   _finish(_start(config, one, 8))
+  _check_equal(one, two, rounds=2)
+
+
+def test_fsdp_across_two_processes_equals_one(tmp_path):
+  """Of one lane: a large model's, which all devices share."""
+  values = tiny.config(tmp_path, lanes=1, mesh={"clients": 1, "fsdp": 2})
+  config = _write(tmp_path / "config.py", values)
+  one, two = tmp_path / "one", tmp_path / "two"
+  for process in _start_two(config, two):
+    _finish(process)
+  _finish(_start(config, one, 2))
+  _check_equal(one, two, rounds=2)
+
+
+@pytest.mark.slow
+def test_models_of_ones_own_across_two_processes_equal_those_of_one(tmp_path):
+  """With client states; saved, restored and evaluated where axes cross."""
+  values = tiny.config(
+    tmp_path,
+    lanes=4,
+    mesh={"clients": 1, "fsdp": 4, "tensor": 2},
+    algorithm="ditto",
+    client={"batch_size": 4},
+    eval={"batch_size": 4, "every": 1, "finetune_steps": 2},
+    data={"heldout_fraction": 0.3},
+  )
+  config = _write(tmp_path / "config.py", values)
+  one, two = tmp_path / "one", tmp_path / "two"
+  for rounds in (1, 2):  # The second is restored.
+    flag = f"--config.rounds={rounds}"
+    for process in _start_two(config, two, None, 4, flag):
+      _finish(process)
+  _finish(_start(config, one, 8))
+  _check_equal(one, two, rounds=2)
+
+
+def _check_equal(one, two, rounds):
+  """Checks that two runs have the same numbers, in all of their rounds."""
   expected, got = _lines(one), _lines(two)
-  assert [line["round"] for line in got] == [0, 1, 2]
+  assert [line["round"] for line in got] == list(range(rounds + 1))
   for a, b in zip(expected, got, strict=True):
     assert a.keys() == b.keys()
     for name in a:
       if not name.startswith(("time/", "memory/")):
         np.testing.assert_allclose(b[name], a[name], rtol=1e-5, err_msg=name)
   summary = json.loads((two / "summary.json").read_text())
-  assert summary["rounds"] == 2
+  assert summary["rounds"] == rounds
 
 
 def test_a_process_id_out_of_range_is_one_line(tmp_path):
@@ -148,7 +170,11 @@ def _write_config(folder, name="config.py", **changes):
       | changes
     ),
   )
-  file = folder / name
+  return _write(folder / name, values)
+
+
+def _write(file, values):
+  """Writes values as a file of a config."""
   file.write_text(
     "import ml_collections\n"
     f"def get_config():\n  return ml_collections.ConfigDict({values!r})\n"
@@ -156,17 +182,18 @@ def _write_config(folder, name="config.py", **changes):
   return file
 
 
-def _start_two(config, workdir, second_config=None):
-  """Two processes of a device each."""
+def _start_two(config, workdir, second_config=None, devices=1, *flags):
+  """Two processes of one device each, or more."""
   port = _free_port()
   return [
     _start(
       second_config if i and second_config else config,
       workdir,
-      1,
+      devices,
       f"--coordinator=localhost:{port}",
       "--num_processes=2",
       f"--process_id={i}",
+      *flags,
     )
     for i in range(2)
   ]
