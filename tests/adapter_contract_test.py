@@ -201,6 +201,7 @@ def test_trainable_is_float32_whatever_the_base(name, dtype):
     assert merged == model.shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_scanned_unrolled_and_unjitted_agree(name):
   r = ran(name)
@@ -247,6 +248,7 @@ def test_chunks_of_the_loss_change_nothing(name):
     close(x, trees.by_path(grads)[path][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REACH_THE_HEAD)
 def test_donating_the_trainable_leaves_the_base(name):
   r = ran(name)
@@ -261,6 +263,7 @@ def test_donating_the_trainable_leaves_the_base(name):
 SHARDED = ("lora", "prompt_tuning", "last_layers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [

@@ -168,6 +168,7 @@ def test_virtual_tokens_come_before_what_is_generated():
   assert not np.array_equal(plain.tokens, want.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_dropout_zeroes_inputs_of_a_in_training_only(scan_layers):
   config = dataclasses.replace(SIZES, scan_layers=scan_layers)

@@ -42,6 +42,7 @@ def noisy(trainable, seed=3):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "adapter",
   [

@@ -105,6 +105,7 @@ def test_centralized_goes_through_all_rows(built):
   )
 
 
+@pytest.mark.slow
 def test_each_is_evaluated_on_its_own_text(built):
   ids = [built.data.train.ids[i] for i in (2, 0, 3, 1)]
   stacked = baselines.local_only(built, ids, STEPS)

@@ -111,6 +111,7 @@ def image_config(folder, model, **changes):
   )
 
 
+@pytest.mark.slow
 def test_lora_and_a_new_classifier_learn_from_texts(tmp_path):
   with tiny.one_device():
     built = experiment.build(text_config(tmp_path))

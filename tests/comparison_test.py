@@ -47,6 +47,7 @@ def results(compared, folder):
     return comparison.run(compared, folder / "out", parallel=False)
 
 
+@pytest.mark.slow
 def test_a_seed_of_an_arm_equals_a_run_of_its_own(results, folder):
   with tiny.one_device():
     config = tiny.config(folder, seed=4)
@@ -66,6 +67,7 @@ def test_a_seed_of_an_arm_equals_a_run_of_its_own(results, folder):
   assert TUNED in metrics.read(folder / "half")[-1]
 
 
+@pytest.mark.slow
 def test_finished_arms_are_read_back(compared, results, folder, monkeypatch):
   monkeypatch.setattr(arm_runs, "make_runner", None)
   assert comparison.run(compared, folder / "out") == results
@@ -107,6 +109,7 @@ def test_a_file_that_was_cut_off_is_set_aside(
   assert file.read_text() == whole
 
 
+@pytest.mark.slow
 def test_tuning_seeds_choose_the_rate_that_all_seeds_run_with(
   compared, results, folder, monkeypatch
 ):

@@ -13,7 +13,12 @@ import tempfile
 from absl import flags
 import pytest
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+  if "not slow" in sys.argv:
+    # Most of the time goes into compiling; the slow tests run what LLVM makes
+    # of programs at its best.
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _CACHE = tempfile.mkdtemp(prefix="fedfm-tests-")
   atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)

@@ -304,6 +304,7 @@ def test_sharded_logits_equal_one_device(shape):
     assert_close(jax.jit(model.apply)(params, tokens), want)
 
 
+@pytest.mark.slow
 def test_sharded_gradients_equal_one_device():
   model, params = make(scan_layers=False)
   want = loss_and_gradients(model, params, EIGHT)

@@ -170,6 +170,7 @@ def test_one_replica_with_plain_averaging_is_the_plain_inner_run():
       np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_layouts_agree_and_absent_replicas_keep_their_state():
   with jax.enable_x64(True):
     expected = run()

@@ -204,6 +204,7 @@ def test_unrolled_layers_and_sharded_ones(name):
   np.testing.assert_allclose(got, want, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_lora_and_of_all_weights(name):
   """LoRA starts at the base's loss; merged it is what it is applied."""

@@ -135,6 +135,7 @@ def stacked_messages(cohort, dtype=jnp.float32):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_stacked_messages_equal_python_loop(bits):
   with jax.enable_x64(bits == 64):
@@ -374,6 +375,7 @@ def test_results_and_keys_of_clients_do_not_depend_on_lanes():
       )
 
 
+@pytest.mark.slow
 def test_bfloat16_messages_are_averaged_in_float32():
   """A bfloat16 stops counting at 256; neither lanes nor clients are lost."""
   source = data.from_arrays(

@@ -198,6 +198,7 @@ def test_another_mesh_gives_the_same_numbers(finished, folder):
   assert_close_run(folder / "mesh", workdir, config)
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_same_numbers(finished, folder):
   config, workdir, _ = finished
   with tiny.one_device():
@@ -209,6 +210,7 @@ def test_one_device_gives_the_same_numbers(finished, folder):
 _QUICK = ("fedadam", "fedex_lora")  # The others take minutes in sum.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
   [

@@ -158,6 +158,7 @@ def test_loop_ends_with_the_last_row():
   assert count(eos=first[1]) == [4, 5, 6][: 2 + first.index(first[1])]
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution():
   # One prompt in many rows: each row has its own key.
   prompts = np.repeat(PROMPTS[:1], 4000, axis=0)
@@ -171,6 +172,7 @@ def test_samples_follow_the_distribution():
   assert ((counts - 4000 * want) ** 2 / (4000 * want)).sum() < 32.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.6}], ids=str
 )

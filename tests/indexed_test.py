@@ -96,6 +96,7 @@ def built(folder, path, **changes):
   )
 
 
+@pytest.mark.slow
 def test_a_run_by_an_index(tmp_path):
   write(tmp_path / "by_index.jsonl", [f"c{i}" for i in range(40)])
   one = built(tmp_path, tmp_path / "by_index.jsonl", rounds=1)

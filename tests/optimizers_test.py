@@ -23,7 +23,15 @@ OWN_DEFAULTS = (
 )
 
 
-@pytest.mark.parametrize("name", OWN_DEFAULTS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      x, marks=[] if x in ("fedadam", "reptile") else pytest.mark.slow
+    )
+    for x in OWN_DEFAULTS
+  ],
+)
 def test_a_config_leaves_algorithms_their_defaults(name):
   problem = cases.problem_of(name)
   config = settings.from_dict(

@@ -173,6 +173,7 @@ def test_the_store_on_the_devices_gives_the_same_run(on_host, folder):
   )
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_bits_of_an_uninterrupted_one(on_host, folder):
   config, whole, lines = on_host
   workdir = folder / "continued"
@@ -183,6 +184,7 @@ def test_a_continued_run_has_the_bits_of_an_uninterrupted_one(on_host, folder):
   assert hosting.verify(workdir, 3) == hosting.verify(whole, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_goes_back_to_an_older_checkpoint_with_its_clients(
   on_host, folder, lost

@@ -69,6 +69,7 @@ def test_two_processes_equal_one(tmp_path, in_parts):
   _check_equal(one, two, rounds=2)
 
 
+@pytest.mark.slow
 def test_fsdp_across_two_processes_equals_one(tmp_path):
   """Of one lane: a large model's, which all devices share."""
   values = tiny.config(tmp_path, lanes=1, mesh={"clients": 1, "fsdp": 2})

@@ -74,6 +74,7 @@ def close(got, want):
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("head", "outputs"),
   [
@@ -105,6 +106,7 @@ def test_a_prompt_of_real_words_is_those_words(head, outputs):
     close(got, want[:, places] if a_token else want)
 
 
+@pytest.mark.slow
 def test_a_context_of_real_words_is_those_words_in_clip():
   model, params = clip()
   adapter = adapters.prompt_tuning(model, num_tokens=3)

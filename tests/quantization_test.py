@@ -226,6 +226,7 @@ def test_gradients_flow_through_and_memory_is_less(kind):
   assert sizes[0] < {"int8": 0.35, "nf4": 0.2}[kind] * sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_sharded_is_one_device(kind):
   _, adapter, (trainables, params, tokens) = pieces(kind)

@@ -230,3 +230,16 @@ def assert_one_line(error, *parts):
   assert "\n" not in message
   for part in parts:
     assert part in message
+
+
+def numbered(sizes):
+  """Clients whose examples say whose and which they are."""
+  return data.from_arrays(
+    {
+      f"client {c}": {
+        "id": 1000 * c + np.arange(size, dtype=np.int32),
+        "x": np.ones((size, 2), np.float32),
+      }
+      for c, size in enumerate(sizes)
+    }
+  )

@@ -77,6 +77,7 @@ def test_what_is_kept():
   assert sum(dots) < sum(kept_per_token("none"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "remat",
   ["mlp", *(pytest.param(x, marks=pytest.mark.slow) for x in ("full", "dots"))],

@@ -207,6 +207,7 @@ def test_the_same_bits_on_any_mesh():
   np.testing.assert_array_equal(*got)
 
 
+@pytest.mark.slow
 def test_rounds_below_the_threshold_change_nothing():
   """And those above it are federated averaging, to the rounding."""
   mechanism = secure(threshold=2, clip_norm=3.0, scale=2.0**18)

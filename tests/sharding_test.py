@@ -125,6 +125,7 @@ def test_lora_round_on_a_mesh_equals_one_device(shape):
   check_parity(shape, TOLERANCE["sgd"], "lora", "sgd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", by_default(SHAPES[:-1], (2, 2, 2)), ids=str)
 def test_full_round_on_a_mesh_equals_one_device(shape):
   new, old = check_parity(shape, TOLERANCE["adam"], "full", "adam")

@@ -212,6 +212,7 @@ def estimates(loss, num_keys=3000):
   return np.asarray(drawn, np.float64), reference.flat(true)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_mode", "zeroth_order"])
 def test_estimates_are_unbiased(name):
   """To 5 standard errors; the finite difference is off by epsilon^2."""

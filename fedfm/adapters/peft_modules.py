@@ -175,7 +175,9 @@ def check_named(
     for i in range(module.num_layers or 1):
       name = module.name.format(i=i)
       start = f"{PREFIX}{name}."
-      if not any(x.startswith(start) for x in tensors):
+      # Its own weights are there where it is among `modules_to_save`.
+      whole = (f"{start}weight", f"{start}bias")
+      if not any(x.startswith(start) and x not in whole for x in tensors):
         continue
       try:
         ok = module.parts != (_HEAD,) if named == "all-linear" else has(name)
