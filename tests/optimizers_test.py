@@ -10,14 +10,12 @@ import pytest
 from fedfm import choices, errors, settings
 
 # Each with a server rate, momentum or weighting that is not FedAvg's.
-OWN_DEFAULTS = (
+OTHER_DEFAULTS = (
   "fedadagrad",
-  "fedadam",
   "fedavgm",
   "fedyogi",
   "diloco",
   "photon",
-  "reptile",
   "scaffold",
   "fedbuff",
 )
@@ -26,10 +24,9 @@ OWN_DEFAULTS = (
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(
-      x, marks=[] if x in ("fedadam", "reptile") else pytest.mark.slow
-    )
-    for x in OWN_DEFAULTS
+    "fedadam",
+    "reptile",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_DEFAULTS),
   ],
 )
 def test_a_config_leaves_algorithms_their_defaults(name):
