@@ -32,7 +32,8 @@ def example(dtype):
 
 @pytest.mark.parametrize("parts", [2, 4, ROWS])
 @pytest.mark.parametrize(
-  ("dtype", "limit"), [("float32", 1e-6), ("float64", 0)]
+  ("dtype", "limit"),
+  [("float32", 1e-6), pytest.param("float64", 0, marks=pytest.mark.slow)],
 )
 def test_parts_are_the_whole(parts, dtype, limit):
   with jax.enable_x64(dtype == "float64"):

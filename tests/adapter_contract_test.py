@@ -60,7 +60,7 @@ CASES = {
 }
 NAMES = sorted(CASES)
 # What costs a compilation is tried of a few kinds only, by default.
-_FEW = ("lora", "houlsby", "prompt_tuning", "subset")
+_FEW = ("lora", "prompt_tuning")
 SOME = [
   name if name in _FEW else pytest.param(name, marks=pytest.mark.slow)
   for name in NAMES

@@ -150,6 +150,7 @@ def test_virtual_tokens_that_are_real_are_the_text_with_them(kind):
   close(packed[:, 2:], run(model.apply)(params, second)[:, 3:])
 
 
+@pytest.mark.slow
 def test_virtual_tokens_come_before_what_is_generated():
   model, params = decoder()
   adapter, trainable = virtual("prompt_tuning")

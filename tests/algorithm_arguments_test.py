@@ -125,8 +125,10 @@ def run(algorithm, begin=None, rounds=ROUNDS):
   ("name", "factors_of"),
   [
     ("fedit", lambda index: "ab"),
-    ("ffa_lora", lambda index: "b"),
-    ("rolora", lambda index: "ba"[index % 2]),
+    pytest.param("ffa_lora", lambda index: "b", marks=pytest.mark.slow),
+    pytest.param(
+      "rolora", lambda index: "ba"[index % 2], marks=pytest.mark.slow
+    ),
   ],
 )
 def test_top_k_both_ways_equals_numpy(name, factors_of):
@@ -164,6 +166,7 @@ def test_all_values_both_ways_are_no_compression(name):
     assert trees.norm(plus(state.trainable, problem.start(), -1)) > 0.01
 
 
+@pytest.mark.slow
 def test_what_clients_of_fedsvd_know_keeps_its_product_under_a_new_a():
   with jax.enable_x64(True):
     begin = problem.train(problem.start(), problem.base(), "client 0")

@@ -196,6 +196,7 @@ def test_one_program_of_all_cases_gives_the_same(compared, results):
         assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_the_summary_is_what_the_lines_say(compared, results):
   rows = comparison.summarise(compared, results)
   assert [row["arm"] for row in rows] == ["fedavg", "fedadam"]

@@ -98,6 +98,7 @@ def test_a_deterministic_round_is_the_round_to_rounding():
     np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_aligned_store_is_written_by_row():
   """Each client counts its rounds; those that are away keep their count."""
 

@@ -179,6 +179,7 @@ def text_source(sizes=(7, 3, 2, 1), length=6):
   return data.from_arrays(arrays)
 
 
+@pytest.mark.slow
 def test_lora_round_equals_python_loop_scanned_and_unrolled():
   source = text_source()
   updates = []
@@ -216,6 +217,7 @@ def test_lora_round_equals_python_loop_scanned_and_unrolled():
   assert error_of(updates[0], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_client_one_step_is_a_plain_optax_step():
   client_id = "client 3"  # One full batch.
   optimizer = OPTIMIZERS["sgd"]

@@ -124,6 +124,7 @@ def test_another_seed_is_another_run(finished, folder):
   assert same_lines(folder / "seed")[1] != same_lines(workdir)[1]
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_bits_of_an_uninterrupted_one(finished, folder):
   config, workdir, _ = finished
   experiment.train(config | {"rounds": 2}, folder / "continued")

@@ -149,6 +149,7 @@ def hosted_rounds(name, folder):
   return algorithm, host, init, run_round
 
 
+@pytest.mark.slow
 def test_rounds_equal_those_with_a_store_on_the_devices(tmp_path):
   name = "scaffold"
   algorithm, host, init, run_round = hosted_rounds(name, tmp_path / "store")

@@ -68,6 +68,7 @@ def test_parameters_are_replicated_unless_named():
   assert named["head"] == plain["head"]
 
 
+@pytest.mark.slow
 def test_named_parameters_shard_and_give_the_same_loss():
   model = linen.from_linen(Mlp(partitioned=True), X)
   params = model.init(jax.random.key(0))

@@ -22,8 +22,16 @@ import reference
 from fedfm import adapters, data, errors
 from fedfm.algorithms import client_ranks
 
+BY_DEFAULT = ("fedit", "rolora", "flora")
 
-@pytest.mark.parametrize("name", OPTIONS)
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+    for name in OPTIONS
+  ],
+)
 def test_rounds_equal_the_paper_by_hand(name):
   with jax.enable_x64(True):
     algorithm, round_fn = compiled(name)

@@ -169,6 +169,7 @@ def value_and_gradient(chunk):
   return jax.value_and_grad(loss_fn, has_aux=True)
 
 
+@pytest.mark.slow
 # One position a row; and four, which do not divide the length.
 @pytest.mark.parametrize("chunk", [1, 12])
 @pytest.mark.parametrize(

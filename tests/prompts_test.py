@@ -128,6 +128,7 @@ def test_a_context_of_real_words_is_those_words_in_clip():
     close(logits, want)
 
 
+@pytest.mark.slow
 def test_prompts_of_images_have_no_positions():
   model, params = vit()
   adapter = adapters.prompt_tuning(model, num_tokens=2)

@@ -191,7 +191,9 @@ def compiled(kind):
   return run.lower(*arguments).compile()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)]
+)
 def test_kernels_become_float_once_for_all_lanes(kind):
   text = compiled(kind).as_text()
   base = models.decoder(CONFIG).shapes["layers"]

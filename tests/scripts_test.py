@@ -44,6 +44,7 @@ def test_evaluate_prints_what_the_run_measured(run):
   assert folder_state(workdir) == before
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_row_a_client(run):
   workdir, _ = run
   code, out, err = script(

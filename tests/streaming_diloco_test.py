@@ -26,6 +26,7 @@ from streaming_problem import (
 from fedfm import algorithms, clients, compression, data, errors, sharding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("options", "of_layer", "other", "offsets"),
   [
