@@ -254,6 +254,9 @@ def test_a_run_without_a_checkpoint_begins_anew(on_host, folder):
   experiment.train(config, workdir)
   for place in (workdir / "checkpoints").iterdir():
     place.rename(workdir / f"lost {place.name}")
+  with pytest.raises(errors.CheckpointError, match="no intact checkpoint"):
+    experiment.train(config, workdir)
+  (workdir / "metrics.jsonl").unlink()  # As the message says.
   experiment.train(config, workdir)
   assert lines_of(workdir) == lines
   assert hosting.verify(workdir, 3) == hosting.verify(whole, 3)
