@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from fedfm import trees
-from fedfm.algorithms import algorithm, checks, round_metrics
+from fedfm.algorithms import algorithm, checks
 from fedfm.algorithms.qfedavg import PASSES, with_sent_loss
 from fedfm.clients import engine, local
 from fedfm.types import Aggregator, FederatedAlgorithm, LossFn
@@ -107,9 +107,6 @@ def afl(
     mixture = state.extra.at[rows].add(rise.astype(state.extra.dtype))
     return trees.scale(mean["delta"], 1 / share), project_to_simplex(mixture)
 
-  def metrics(state, new_state, mean, result, cohort):
-    return round_metrics.drift(result, trees.norm(mean["delta"]))
-
   def beside(state):  # Up the loss; down, of the mixture, its own share.
     return (state.extra.dtype.itemsize,) * 2
 
@@ -125,7 +122,6 @@ def afl(
       },
       combine=combine,
       direction=lambda message: message["delta"],
-      metrics=metrics,
       wire=lambda state, sent, message: (sent["trainable"], message),
       beside=beside,
     ),

@@ -54,9 +54,9 @@ class Server(NamedTuple):
       through a compressed way down.
     metrics: `metrics(state, new_state, aggregate, result, cohort) -> dict` of
       scalars, beside or instead of those of `round_metrics.py`.
-    direction: `direction(message) -> tree`, the part of a client's message that
-      says where the weights should go; drift is measured on it. Where `combine`
-      does more than take its mean, `metrics` reports the drift.
+    direction: `direction(message) -> tree`, the part of a client's message, and
+      of the aggregate, that says where the weights should go; drift is measured
+      on it. Where the aggregate is no mean message, `metrics` has the drift.
     wire: `wire(state, sent, message) -> (sent, message)`, the shapes of what
       really travels in the round of `state`, where that is less.
     beside: `beside(state) -> (up, down)`, bytes that travel in the round of
@@ -259,7 +259,9 @@ def federated(
     if server_batch is not None and server_step is not None:
       server_key = jax.random.fold_in(round_key, _SERVER_KEY)
       trainable = server_step(trainable, base, server_batch, server_key)
-    metrics = metrics_lib.round_metrics(result, trees.norm(delta)) | told
+    kept = isinstance(aggregate, aggregators.Kept)
+    mean = server.direction(aggregate.update if kept else aggregate)
+    metrics = metrics_lib.round_metrics(result, trees.norm(mean)) | told
     if mechanism is not None:  # Of the mean there is only the noisy one.
       del metrics["drift/cosine"], metrics["drift/diversity"]
     if naming.is_on():

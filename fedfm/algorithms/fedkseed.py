@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from fedfm import errors, trees
-from fedfm.algorithms import algorithm, checks, round_metrics
+from fedfm.algorithms import algorithm, checks
 from fedfm.clients import estimators, local
 from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, Passes
 
@@ -134,10 +134,6 @@ def fedkseed(
     delta = rebuild(zeros, aggregate, client_learning_rate, state.seed)
     return delta, state.extra + aggregate
 
-  def metrics(state, new_state, aggregate, result, cohort):
-    # Where G points, in the space of the seeds.
-    return round_metrics.drift(result, trees.norm(aggregate))
-
   return algorithm.federated(
     ClientUpdate(start, step, finish),
     server=algorithm.Server(
@@ -147,7 +143,6 @@ def fedkseed(
         "seed": state.seed,
       },
       combine=combine,
-      metrics=metrics,
       # Not the weights: G, which they are rebuilt from.
       wire=lambda state, sent, message: (state.extra, message),
     ),

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedfm import trees
-from fedfm.algorithms import algorithm, round_metrics
+from fedfm.algorithms import algorithm
 from fedfm.clients import local, measures
 from fedfm.types import FederatedAlgorithm, LossFn
 
@@ -53,15 +53,11 @@ def fednova(
   def combine(state, mean, result, cohort):
     return trees.scale(mean["direction"], mean["length"]), state.extra
 
-  def metrics(state, new_state, mean, result, cohort):
-    return round_metrics.drift(result, trees.norm(mean["direction"]))
-
   return algorithm.federated(
     client._replace(finish=finish),
     server=algorithm.Server(
       combine=combine,
       direction=lambda message: message["direction"],
-      metrics=metrics,
     ),
     **options,
   )

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedfm import trees
-from fedfm.algorithms import algorithm, checks, round_metrics
+from fedfm.algorithms import algorithm, checks
 from fedfm.clients import local, measures
 from fedfm.types import ClientUpdate, FederatedAlgorithm, LossFn, Passes
 
@@ -97,15 +97,11 @@ def qfedavg(
     h = jnp.where(mean["h"], mean["h"], 1)
     return trees.scale(mean["delta"], 1 / h), state.extra
 
-  def metrics(state, new_state, mean, result, cohort):
-    return round_metrics.drift(result, trees.norm(mean["delta"]))
-
   return algorithm.federated(
     client._replace(finish=finish),
     server=algorithm.Server(
       combine=combine,
       direction=lambda message: message["delta"],
-      metrics=metrics,
     ),
     passes=PASSES,
     **options,

@@ -36,7 +36,6 @@ from fedfm.algorithms import (
   checks,
   fragment_schedule,
   fragments,
-  round_metrics,
   schedule_clock,
 )
 from fedfm.algorithms.diloco import fresh_optimizer, outer_optimizer
@@ -159,9 +158,6 @@ def streaming_diloco(
         {"weights": state.trainable, "age": state.extra["age"]},
       ),
       combine=_outer_step(outer, split, fragment_of, steps_of, overlap),
-      metrics=lambda state, new_state, mean, result, cohort: (
-        round_metrics.drift(result, trees.norm(mean))
-      ),
       wire=_wire(split, times),
     ),
     server_optimizer=optax.sgd(1.0),  # Adds what the outer step gives.
