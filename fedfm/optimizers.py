@@ -1,7 +1,7 @@
 """What configs say of optimizers: the clients' and the server's."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import optax
 
@@ -11,40 +11,50 @@ from fedfm.algorithms.diloco import OUTER_RATE
 from fedfm.clients import local
 from fedfm.settings import ClientSettings, Settings
 
-_Build = Callable[[optax.ScalarOrSchedule, float, float], Any]
-# Algorithms with a server optimizer of their own, by rate, momentum and tau.
-_BY_ALGORITHM: dict[str, _Build] = {
-  "fedavgm": lambda rate, momentum, tau: optax.sgd(rate, momentum),
-  "fedadagrad": lambda rate, momentum, tau: algorithms.server_adagrad(
-    rate, tau=tau
+
+class _Server(NamedTuple):
+  """A server optimizer.
+
+  Attributes:
+    build: `build(rate)`, or `build(rate, value)` of the field that it reads.
+    reads: That field of `server`: "momentum", "tau", or "" for none.
+    rate: Its rate where the config gives none.
+  """
+
+  build: Callable[..., optax.GradientTransformation]
+  reads: str = ""
+  rate: float = 1.0
+
+
+# Those of algorithms with one of their own.
+_BY_ALGORITHM = {
+  "fedavgm": _Server(optax.sgd, "momentum"),
+  "fedadagrad": _Server(
+    lambda rate, tau: algorithms.server_adagrad(rate, tau=tau), "tau", 0.1
   ),
-  "fedadam": lambda rate, momentum, tau: algorithms.server_adam(rate, tau=tau),
-  "fedyogi": lambda rate, momentum, tau: algorithms.server_yogi(rate, tau=tau),
-  "diloco": lambda rate, momentum, tau: algorithms.outer_optimizer(
-    rate, momentum
+  "fedadam": _Server(
+    lambda rate, tau: algorithms.server_adam(rate, tau=tau), "tau", 0.1
   ),
-  "photon": lambda rate, momentum, tau: optax.sgd(rate),
-  "streaming_diloco": lambda rate, momentum, tau: algorithms.outer_optimizer(
-    rate, momentum
+  "fedyogi": _Server(
+    lambda rate, tau: algorithms.server_yogi(rate, tau=tau), "tau", 0.1
+  ),
+  "diloco": _Server(algorithms.outer_optimizer, "momentum", OUTER_RATE),
+  "photon": _Server(optax.sgd),
+  "streaming_diloco": _Server(
+    algorithms.outer_optimizer, "momentum", OUTER_RATE
   ),
 }
 # Those that `server.optimizer` names, for all other algorithms.
-_BY_NAME: dict[str, _Build] = {
-  "sgd": lambda rate, momentum, tau: optax.sgd(rate),
-  "momentum": lambda rate, momentum, tau: optax.sgd(rate, momentum),
-  "adam": lambda rate, momentum, tau: optax.adam(rate, eps=tau),
-  "adagrad": lambda rate, momentum, tau: optax.adagrad(rate, eps=tau),
-  "yogi": lambda rate, momentum, tau: optax.yogi(rate, eps=tau),
+_BY_NAME = {
+  "sgd": _Server(optax.sgd),
+  "momentum": _Server(optax.sgd, "momentum"),
+  "adam": _Server(lambda rate, tau: optax.adam(rate, eps=tau), "tau", 0.1),
+  "adagrad": _Server(
+    lambda rate, tau: optax.adagrad(rate, eps=tau), "tau", 0.1
+  ),
+  "yogi": _Server(lambda rate, tau: optax.yogi(rate, eps=tau), "tau", 0.1),
 }
-_WITH_MOMENTUM = ("fedavgm", "diloco", "streaming_diloco", "momentum")
-_WITH_TAU = ("fedadagrad", "fedadam", "fedyogi", "adam", "adagrad", "yogi")
-# Rates where the config gives none; all others start from 1.
-_OWN_RATES = {
-  **dict.fromkeys(_WITH_TAU, 0.1),
-  "diloco": OUTER_RATE,
-  "streaming_diloco": OUTER_RATE,
-  "reptile": 0.5,
-}
+_REPTILE_RATE = 0.5  # Its epsilon, with whatever optimizer.
 
 
 def schedule(name: str, peak: float, rounds: int) -> optax.Schedule:
@@ -118,8 +128,14 @@ def server_rate(settings: Settings) -> float:
   given = settings.server.learning_rate
   if given is not None:
     return given
-  own = _OWN_RATES.get(settings.server.optimizer, 1.0)
-  return _OWN_RATES.get(settings.algorithm, own)
+  if settings.algorithm == "reptile":
+    return _REPTILE_RATE
+  return _server(settings).rate
+
+
+def _server(settings: Settings) -> _Server:
+  by_name = _BY_NAME[settings.server.optimizer]
+  return _BY_ALGORITHM.get(settings.algorithm, by_name)
 
 
 def server_optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -134,8 +150,9 @@ def server_optimizer(settings: Settings) -> optax.GradientTransformation:
   """
   s = settings.server
   rate = schedule(s.schedule, server_rate(settings), settings.rounds)
-  build = _BY_ALGORITHM.get(settings.algorithm, _BY_NAME[s.optimizer])
-  return build(rate, s.momentum, s.tau)
+  server = _server(settings)
+  values = [getattr(s, server.reads)] if server.reads else []
+  return server.build(rate, *values)
 
 
 def check_read(settings: Settings) -> None:
@@ -147,21 +164,17 @@ def check_read(settings: Settings) -> None:
   Raises:
     ConfigError: A field that differs from its default; names what reads it.
   """
-  client, name = settings.client.optimizer, settings.algorithm
-  server = settings.server.optimizer
+  name, reads = settings.algorithm, _server(settings).reads
+  server = f"server.optimizer {settings.server.optimizer!r}"
   if name in _BY_ALGORITHM:
-    settings_lib.expect_default(
-      settings, "server.optimizer", f"algorithm {name!r}"
-    )
-    server = name
-  for path, reader, readers in (
-    ("client.momentum", client, ("momentum",)),
-    ("client.weight_decay", client, ("adamw",)),
-    ("server.momentum", server, _WITH_MOMENTUM),
-    ("server.tau", server, _WITH_TAU),
+    server = f"algorithm {name!r}"
+    settings_lib.expect_default(settings, "server.optimizer", server)
+  client = settings.client.optimizer
+  for path, is_read, reader in (
+    ("client.momentum", client == "momentum", f"client.optimizer {client!r}"),
+    ("client.weight_decay", client == "adamw", f"client.optimizer {client!r}"),
+    ("server.momentum", reads == "momentum", server),
+    ("server.tau", reads == "tau", server),
   ):
-    if reader not in readers:
-      kind = (
-        "algorithm" if reader == name else f"{path.split('.')[0]}.optimizer"
-      )
-      settings_lib.expect_default(settings, path, f"{kind} {reader!r}")
+    if not is_read:
+      settings_lib.expect_default(settings, path, reader)

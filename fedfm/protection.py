@@ -55,15 +55,15 @@ def mechanism(settings: Settings, num_clients: int) -> privacy.Mechanism | None:
       f"algorithm: got {settings.algorithm!r}, whose clients send more than a "
       f"delta to average, but {what} expects one of {', '.join(ALGORITHMS)}"
     )
-  _expect(settings, "aggregator", "mean", what)
+  settings_lib.expect(settings, "aggregator", "mean", what)
   if settings.client.weighting != "auto":
-    _expect(settings, "client.weighting", "uniform", what)
+    settings_lib.expect(settings, "client.weighting", "uniform", what)
   if secure.enabled:
-    _expect(settings, "communication.up", "none", what)
+    settings_lib.expect(settings, "communication.up", "none", what)
   central = None
   if (counted := accounting(settings, num_clients)) is not None:
-    _expect(settings, "realism.availability", 1.0, what)
-    _expect(settings, "data.schedule", "static", what)
+    settings_lib.expect(settings, "realism.availability", 1.0, what)
+    settings_lib.expect(settings, "data.schedule", "static", what)
     if settings.safety.on_bad_loss == "roll_back":
       raise errors.ConfigError(
         "safety.on_bad_loss: got 'roll_back', which decides by losses without "
@@ -168,11 +168,3 @@ def describe(settings: Settings, accounting: privacy.Accounting) -> str:
     f"over {settings.clients_per_round} clients; losses and other metrics are "
     "not private"
   )
-
-
-def _expect(settings: Settings, path: str, expected: object, what: str) -> None:
-  got = settings_lib.get(settings, path)
-  if got != expected:
-    raise errors.ConfigError(
-      f"{path}: got {got!r}, but {what} expects {expected!r}"
-    )

@@ -4,7 +4,7 @@ A loose config (nested dicts, from a file and flags) becomes `Settings` here and
 nowhere else; below `experiment.py` nothing sees all of it.
 """
 
-from fedfm.settings.checks import expect_default, get
+from fedfm.settings.checks import expect, expect_default, get
 from fedfm.settings.convert import (
   call_with_options,
   convert,
@@ -28,6 +28,7 @@ __all__ = [
   "Settings",
   "call_with_options",
   "convert",
+  "expect",
   "expect_default",
   "field_type",
   "from_dict",

@@ -95,22 +95,28 @@ def get(settings: Any, path: str) -> Any:
   return value
 
 
-def expect_default(settings: Any, path: str, reader: str) -> None:
-  """Refuses a field that would not be read.
+def expect(settings: Any, path: str, expected: Any, what: str) -> None:
+  """Refuses a value that does not go with something else.
 
   Args:
     settings: The settings.
     path: The field's dotted name.
-    reader: Who does not read it, for the message.
+    expected: The only value that does.
+    what: What it has to go with, for the message.
 
   Raises:
-    ConfigError: It differs from its default.
+    ConfigError: It is another.
   """
-  got, default = get(settings, path), get(type(settings)(), path)
-  if got != default:
+  got = get(settings, path)
+  if got != expected:
     raise errors.ConfigError(
-      f"{path}: got {got!r}, but {reader} expects {default!r}"
+      f"{path}: got {got!r}, but {what} expects {expected!r}"
     )
+
+
+def expect_default(settings: Any, path: str, what: str) -> None:
+  """As `expect`, of a field that would not be read: its default."""
+  expect(settings, path, get(type(settings)(), path), what)
 
 
 def check(settings: Any) -> None:
