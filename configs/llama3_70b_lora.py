@@ -6,40 +6,22 @@
 Each of 8 groups of 32 chips holds the base once, in 16 x 2 parts, and runs 4
 lanes; a client's 32 rows are split over 16, its heads and MLP over 2.
 
-Attention is XLA's: JAX's splash kernel, which "auto" takes on TPUs, has not run
-on one yet. To train, set `model.path` to a folder with weights, and `data`.
-README.md has the figures.
+See `pod_lora_base.py` for the rest, and for what it takes to train.
 """
 
 import pathlib
+import runpy
 
 import ml_collections
 
-MODEL = pathlib.Path(__file__).parent / "models" / "llama3_70b"
+BASE = pathlib.Path(__file__).with_name("pod_lora_base.py")
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config; every other field has the default of `Settings`."""
-  return ml_collections.ConfigDict(
-    {
-      "clients_per_round": 128,
-      "lanes": 32,
-      "mesh": {"clients": -1, "fsdp": 16, "tensor": 2},
-      "model": {
-        "path": str(MODEL),
-        "dtype": "bfloat16",
-        "scan_layers": True,
-        "remat": "full",
-        "attention_kernel": "xla",
-      },
-      "adapter": {"rank": 16, "alpha": 32.0, "targets": ("q_proj", "v_proj")},
-      "data": {"sequence_length": 512},
-      "client": {
-        "optimizer": "adamw",
-        "learning_rate": 1e-4,
-        "batch_size": 32,
-        "local_steps": 4,
-      },
-      "eval": {"batch_size": 32},
-    }
-  )
+  config = runpy.run_path(str(BASE))["get_config"]("llama3_70b").to_dict()
+  config |= {"clients_per_round": 128, "lanes": 32}
+  config["mesh"] = {"clients": -1, "fsdp": 16, "tensor": 2}
+  config["client"]["batch_size"] = 32
+  config["eval"] = {"batch_size": 32}
+  return ml_collections.ConfigDict(config)

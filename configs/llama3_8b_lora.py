@@ -7,39 +7,22 @@ Each of 32 groups of 8 chips holds the base once and runs 8 lanes; a client's 8
 rows are split over its group. `remat` keeps the MLP's inner products and
 computes the rest of a layer again.
 
-Attention is XLA's: JAX's splash kernel, which "auto" takes on TPUs, has not run
-on one yet. To train, set `model.path` to a folder with weights, and `data`.
-README.md has the figures.
+See `pod_lora_base.py` for the rest, and for what it takes to train.
 """
 
 import pathlib
+import runpy
 
 import ml_collections
 
-MODEL = pathlib.Path(__file__).parent / "models" / "llama3_8b"
+BASE = pathlib.Path(__file__).with_name("pod_lora_base.py")
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the config; every other field has the default of `Settings`."""
-  return ml_collections.ConfigDict(
-    {
-      "clients_per_round": 10_000,
-      "lanes": 256,
-      "mesh": {"clients": -1, "fsdp": 8},
-      "model": {
-        "path": str(MODEL),
-        "dtype": "bfloat16",
-        "scan_layers": True,
-        "remat": "mlp",
-        "attention_kernel": "xla",
-      },
-      "adapter": {"rank": 16, "alpha": 32.0, "targets": ("q_proj", "v_proj")},
-      "data": {"sequence_length": 512},
-      "client": {
-        "optimizer": "adamw",
-        "learning_rate": 1e-4,
-        "batch_size": 8,
-        "local_steps": 4,
-      },
-    }
-  )
+  config = runpy.run_path(str(BASE))["get_config"]("llama3_8b").to_dict()
+  config |= {"clients_per_round": 10_000, "lanes": 256}
+  config["mesh"] = {"clients": -1, "fsdp": 8}
+  config["model"]["remat"] = "mlp"
+  config["client"]["batch_size"] = 8
+  return ml_collections.ConfigDict(config)
