@@ -15,12 +15,22 @@ def total() -> int:
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_steps(settings: Settings, source: ClientSource, lanes: int) -> None:
+def row_bytes(source: ClientSource) -> int:
+  """Returns the bytes of a row in a batch, with its mask, by the first client.
+
+  Args:
+    source: The clients, numeric.
+  """
+  fields = source.read(source.ids[0]).values()
+  return 4 + sum(np.asarray(x)[:1].nbytes for x in fields)
+
+
+def check_steps(settings: Settings, each: int, lanes: int) -> None:
   """Refuses batches of which not even one a lane fits.
 
   Args:
     settings: The run's settings.
-    source: The clients, numeric.
+    each: From `row_bytes`.
     lanes: Number of lanes.
 
   Raises:
@@ -30,45 +40,37 @@ def check_steps(settings: Settings, source: ClientSource, lanes: int) -> None:
     ("client.batch_size", settings.client.batch_size),
     ("eval.batch_size", settings.eval.batch_size),
   ):
-    _check(f"{field}: got {rows}, whose rows", source, lanes, rows)
+    _check(f"{field}: got {rows}, whose rows", each, lanes, rows)
 
 
-def check_round(
-  settings: Settings, source: ClientSource, lanes: int, steps: int
-) -> None:
+def check_round(settings: Settings, each: int, lanes: int, steps: int) -> None:
   """Refuses rounds of too many steps.
 
   Args:
     settings: The run's settings.
-    source: As in `check_steps`.
+    each: From `row_bytes`.
     lanes: Likewise.
     steps: Of the longest lane in any round.
 
   Raises:
     ConfigError: Names the field that steps come from, and what they take.
   """
-  c, each = settings.client, settings.rounds_per_dispatch
+  c, rounds = settings.client, settings.rounds_per_dispatch
   rows = steps * c.batch_size
   field, value = "client.epochs", c.epochs
   if value == 1:
     field, value = "clients_per_round", settings.clients_per_round
   what = f"{field}: got {value}, with which the rows of a round"
-  _check(what, source, lanes, rows)
-  what = f"rounds_per_dispatch: got {each}, whose rows"
-  _check(what, source, lanes, rows * each)
+  _check(what, each, lanes, rows)
+  what = f"rounds_per_dispatch: got {rounds}, whose rows"
+  _check(what, each, lanes, rows * rounds)
 
 
-def _check(what: str, source: ClientSource, lanes: int, rows: int) -> None:
+def _check(what: str, each: int, lanes: int, rows: int) -> None:
   lanes = max(1, lanes // jax.process_count())
-  needed, there = lanes * rows * _row_bytes(source), total()
+  needed, there = lanes * rows * each, total()
   if needed > there:
     raise errors.ConfigError(
       f"{what} take {needed / 1e9:,.1f} GB on {lanes} lanes, expected at most "
       f"this machine's {there / 1e9:,.1f} GB of memory"
     )
-
-
-def _row_bytes(source: ClientSource) -> int:
-  """Bytes of a row in a batch, with its mask."""
-  fields = source.read(source.ids[0]).values()
-  return 4 + sum(np.asarray(x)[:1].nbytes for x in fields)

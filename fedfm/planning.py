@@ -296,12 +296,13 @@ def plan_buckets(
   Raises:
     ConfigError: Rows that the host's memory does not hold.
   """
-  host_memory.check_steps(settings, source, lanes)
+  each = host_memory.row_bytes(source)
+  host_memory.check_steps(settings, each, lanes)
   rounds = range(min(settings.rounds, _PLANNED_ROUNDS))
   cohorts = (_steps(plan_round(r), source, aligned) for r in rounds)
   rows = len(source) if aligned else None
   buckets = layout.plan_buckets(cohorts, lanes, rows)
-  host_memory.check_round(settings, source, lanes, max(buckets[0]))
+  host_memory.check_round(settings, each, lanes, max(buckets[0]))
   return buckets
 
 
