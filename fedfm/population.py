@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedfm import blueprint, errors
+from fedfm import blueprint, errors, models
 from fedfm import data as data_lib
 from fedfm.data import (
   holdout,
@@ -263,7 +263,7 @@ def _labelled(
     return functools.partial(
       data_lib.images_labelled,
       num_classes=config.num_classes,
-      shape=_image_shape(config),
+      shape=models.image_shape(config),
       image_key="x" if pooled else d.image_key,
       label_key=label_key,
     )
@@ -284,17 +284,13 @@ def _pairs(
   return functools.partial(
     data_lib.image_text_pairs,
     shapes=image_text.Shapes(
-      _image_shape(config), config.vocab_size, config.eos_id
+      models.image_shape(config), config.vocab_size, config.eos_id
     ),
     sequence_length=d.sequence_length,
     tokenizer=tokenizer,
     image_key="x" if d.name in POOLED else d.image_key,
     text_key=d.token_key or d.text_key,
   )
-
-
-def _image_shape(config: Any) -> tuple[int, int, int]:
-  return (config.image_size, config.image_size, config.num_channels)
 
 
 def _tokenizer(path: str) -> data_lib.Tokenizer:

@@ -1,4 +1,4 @@
-r"""Compiles a language model's round for TPU topologies, on a machine without.
+r"""Compiles a config's round for TPU topologies, on a machine without.
 
   python scripts/compile_for_pod.py --config=configs/llama3_8b_lora.py \
     --topology=v5e:16x16

@@ -38,7 +38,6 @@ def test_flops_are_those_of_the_products():
   matmuls = 2 * (4 * 64 + 3 * 96) + 128
   attention = 2 * (2 * 8 * 3 + 2 * 8 * 3)  # Layers, scores and values, 3 of 6.
   low_rank = 2 * 2 * (8 + 8)  # Layers, q and v, A and B.
-  assert workloads.matmul_params(CONFIG) == matmuls
   assert tiny().flops_per_unit == 4 * matmuls + 6 * low_rank + 3 * attention
   assert tiny(rank=None).flops_per_unit == 6 * matmuls + 3 * attention
 

@@ -83,3 +83,17 @@ def opened_store(tmp_path):
   made = store_states.written(tmp_path / "store")
   yield made
   made.close()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+  """Topologies are made of virtual CPU devices, which have no links."""
+  import jax
+
+  from fedfm.scaling import estimate, topology
+
+  def devices(machine):
+    return jax.devices()[: machine.chips]
+
+  monkeypatch.setattr(topology, "devices", devices)
+  monkeypatch.setattr(estimate, "_links", lambda devices, machine: 2)

@@ -23,6 +23,7 @@ ALLOWED = {
   "types": {"errors", "trees"},
   "sharding": {"errors", "trees"},
   "models": _CORE,
+  "model_flops": {"types", "trees", "models"},
   "adapters": _CORE | {"models"},
   "clients": _CORE | {"models", "adapters"},
   "aggregators": _LOCAL,

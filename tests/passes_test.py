@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedfm import choices, ledger, models
+from fedfm import choices, model_flops, models
 from fedfm.algorithms.per_fedavg import meta_loss
 from fedfm.clients import estimators
 from fedfm.types import Passes
@@ -134,7 +134,7 @@ def test_passes_cost_what_the_compiler_counts(loss, passes, is_frozen):
 
   kind, trained = ("lora", {}) if is_frozen else ("full", MODEL.shapes)
   expected, one_forward = (
-    ledger.flops_per_token(MODEL, kind, trained, 5, p)
+    model_flops.flops_per_token(MODEL, kind, trained, 5, p)
     for p in (passes, Passes(1, 0))
   )
   ratio = (expected.frozen + expected.trainable) / (

@@ -1,5 +1,6 @@
 """Availability, dropout, stragglers, partial work; the ledger of a round."""
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from fedfm import (
   experiment,
   ledger,
   metrics,
+  model_flops,
   models,
   planning,
   types,
@@ -141,18 +143,25 @@ def test_flops_by_hand():
   attention = 4 * 3 * 8 * 20  # 4 x layers x (heads x head size) x sequence.
   for tied in (True, False):
     one = model(tie_embeddings=tied)
-    got = ledger.flops_per_token(one, "full", one.shapes, 20)
+    got = model_flops.flops_per_token(one, "full", one.shapes, 20)
     assert got == (0, 6 * (kernels + head), 3 * attention)
   adapter = adapters.lora(model(), rank=2, targets=["q_proj"])
   shapes = {
     "layers/q_proj": {"a": np.zeros((3, 8, 2)), "b": np.zeros((3, 2, 8))}
   }
-  got = ledger.flops_per_token(model(), adapter.kind, shapes, 20)
+  got = model_flops.flops_per_token(model(), adapter.kind, shapes, 20)
   assert got == (4 * (kernels + head), 6 * 3 * 2 * 16, 3 * attention)
   trained = {"final_norm": np.zeros(8), "lm_head": np.zeros((8, 50))}
-  got = ledger.flops_per_token(model(), "head", trained, 20)
+  got = model_flops.flops_per_token(model(), "head", trained, 20)
   assert got == (2 * kernels, 6 * head, attention)
   assert got.total == 2 * kernels + 6 * head + attention
+  last = adapters.last_layers(model())
+  shapes = jax.eval_shape(last.init, jax.random.key(0), model().shapes)
+  got = model_flops.flops_per_token(model(), last.kind, shapes, 20)
+  # Of three layers two go forward only; the last has gradients, as the head.
+  assert got.frozen == 2 * kernels * 2 / 3 + 4 * head
+  assert got.trainable == 6 * kernels / 3
+  assert got.attention == pytest.approx(attention * (2 + 3) / 3)
 
 
 def test_a_line_of_the_ledger_by_hand():

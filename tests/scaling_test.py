@@ -12,11 +12,11 @@ import pytest
 
 from fedfm import adapters, errors, models, sharding
 from fedfm.scaling import (
+  cohort_shapes,
   costs,
   estimate,
   formula,
   hlo,
-  pod,
   report,
   tables,
   topology,
@@ -26,7 +26,7 @@ CONFIG = models.DecoderConfig(
     vocab_size=64, width=32, num_layers=3, num_heads=2, head_dim=16,
     mlp_width=96, tie_embeddings=False, remat="full",
 )  # fmt: skip
-LAYOUT = pod.Layout(6, 4, 2, 5, 2, 8)
+LAYOUT = cohort_shapes.Layout(6, 4, 2, 5, 2, 8)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -36,17 +36,16 @@ def test_formula_by_hand(kind):
     adapter = adapters.lora(model, rank=4, targets=["q_proj"])
   else:
     adapter = adapters.full(model)
-  got = formula.round_flops(model, adapter, LAYOUT, chunk=4)
+  got = formula.round_flops(model, adapter, LAYOUT, 8, chunk=4)
   layer = 4 * 32 * 32 + 3 * 32 * 96
   weights, factors = 3 * layer + 32 * 64, 3 * 2 * 32 * 4
   attention = 3 * 2 * 2 * 2 * 16 * 8 / 2  # Layers, FLOPs, products, heads ...
   useful = 4 * weights + 3 * attention
   useful += 6 * factors if kind == "lora" else 2 * weights
   again = 2 * 3 * (layer - 32 * 96) + attention + 2 * 32 * 64
-  assert LAYOUT.tokens == 6 * 5 * 2 * 8
-  assert LAYOUT.tokens_run == 4 * 2 * 5 * 2 * 8
-  assert got.useful == useful * LAYOUT.tokens
-  assert got.run == (useful + again) * LAYOUT.tokens_run
+  assert LAYOUT.units == 6 * 5 * 2 * 8
+  assert got.useful == useful * LAYOUT.units
+  assert got.run == (useful + again) * (4 * 2 * 5 * 2 * 8)
 
 
 def chip_device(*coords, slice_index=None):
@@ -182,7 +181,7 @@ def test_a_round_that_is_too_large_says_what_to_change():
   )
   arguments = ({"w": shape((4 << 28,), jnp.float32)}, None, ())
   one = types.SimpleNamespace(
-    topology=topology.parse("v5e:16x16"), arguments=arguments
+    topology=topology.parse("v5e:16x16"), arguments=arguments, layout=LAYOUT
   )
   line = report.too_large(TOO_LARGE, one)
   assert "\n" not in line
@@ -192,8 +191,11 @@ def test_a_round_that_is_too_large_says_what_to_change():
     "512.00M f32[64,512,4096] temporary",
     "2.00 GiB of state",
     "try fewer lanes",
+    "a smaller model.loss_chunk, or a larger mesh.fsdp",
   ):
     assert part in line
+  one.layout = LAYOUT._replace(unit="examples")
+  assert "loss_chunk" not in report.too_large(TOO_LARGE, one)
   other = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
     "for HLO temporaries (32.12G) exceeds available HBM (15.75G)."
@@ -209,7 +211,7 @@ def test_tables_show_the_report():
     "topology": "v5e:2x2",
     "chips": 4,
     "mesh": {"clients": 2, "fsdp": 2, "tensor": 1},
-    "layout": LAYOUT._asdict() | {"tokens": LAYOUT.tokens},
+    "layout": LAYOUT._asdict() | {"tokens": LAYOUT.units},
     "parameters": {"model": 2e9, "trainable": 3e6},
     "memory": {
       "arguments": 1 << 30, "temporaries": 2 << 30, "total": 3 << 30,
@@ -246,5 +248,7 @@ def test_tables_show_the_report():
     "| fsdp | all-gather |     7 |",
   ):  # fmt: skip
     assert part in text, part
+  small = one | {"parameters": {"model": 9.9e7, "trainable": 3e6}}
+  assert "99.00 M; trained 3.0 M" in tables.markdown(small)
   twice = one | {"topology": "v5e:2x4", "chips": 8, "tokens_per_second": 400.0}
   assert "83%" in tables.scaling_table([one, twice])

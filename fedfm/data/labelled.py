@@ -216,7 +216,7 @@ def images_labelled(
     arrays = source.read(client_id)
     x = rows_of_images(arrays, client_id, image_key)
     if shape is not None:
-      with_channels(x, client_id, image_key, shape)
+      x = with_channels(x, client_id, image_key, shape)
     labels = _labels(source, client_id, label_key, num_classes)
     return _frozen({"x": x, "label": labels})
 

@@ -9,7 +9,7 @@ from fedfm.models import (
   nnx,
   quantization,
 )
-from fedfm.models.build import build
+from fedfm.models.build import build, image_shape
 from fedfm.models.clip import CLIPConfig, clip
 from fedfm.models.cnn import CNNConfig, cnn
 from fedfm.models.decoder import DecoderConfig, decoder
@@ -33,6 +33,7 @@ __all__ = [
   "encoder",
   "generation",
   "huggingface",
+  "image_shape",
   "linen",
   "llama2c",
   "losses",

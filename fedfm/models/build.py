@@ -29,3 +29,15 @@ def build(config: Any) -> Model:
     A `Model`.
   """
   return _FACTORIES[type(config)](config)
+
+
+def image_shape(config: Any) -> tuple[int, int, int]:
+  """What a model of images takes: (height, width, channels).
+
+  Args:
+    config: A `VisionConfig`, `CLIPConfig` or `CNNConfig`.
+
+  Returns:
+    The shape of an image.
+  """
+  return (config.image_size, config.image_size, config.num_channels)

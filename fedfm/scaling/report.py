@@ -14,7 +14,7 @@ from fedfm import errors, goodput, trees
 from fedfm.models import attention
 from fedfm.scaling import costs as costs_lib
 from fedfm.scaling import estimate as estimate_lib
-from fedfm.scaling import formula, hlo
+from fedfm.scaling import hlo
 from fedfm.scaling.costs import Costs
 from fedfm.scaling.pod import PodRound
 from fedfm.scaling.tables import gib
@@ -36,7 +36,8 @@ def compile_round(
     A JSON object: "topology", "chips", "mesh", "layout", "parameters",
     "memory" and "collectives" (bytes, of one device), "flops" (of all
     devices), "seconds" (of a round), "bound", "utilization",
-    "tokens_per_second", and "compilation" (what it took here).
+    "tokens_per_second" or "examples_per_second", and "compilation" (what it
+    took here).
 
   Raises:
     ConfigError: The round does not fit in the chips' memory.
@@ -63,7 +64,6 @@ def compile_round(
     chip.matrix_unit,
     pod.topology.slices,
   )
-  expected = formula.round_flops(pod.model, pod.adapter, layout, pod.chunk)
   times = estimate_lib.estimate(costs, pod.topology, pod.mesh.devices)
   in_program = costs.flops * pod.mesh.size
 
@@ -74,7 +74,7 @@ def compile_round(
     "topology": str(pod.topology),
     "chips": pod.mesh.size,
     "mesh": dict(pod.mesh.shape),
-    "layout": layout._asdict() | {"tokens": layout.tokens},
+    "layout": layout._asdict() | {layout.unit: layout.units},
     "parameters": {
       "model": trees.num_elements(pod.model.shapes),
       "trainable": trees.num_elements(pod.arguments[0].trainable),
@@ -82,8 +82,8 @@ def compile_round(
     "memory": _memory(compiled.memory_analysis(), module, chip.hbm_bytes),
     "flops": {
       "program": in_program,
-      "formula": expected.run,
-      "useful": expected.useful,
+      "formula": pod.flops.run,
+      "useful": pod.flops.useful,
       "kernels_not_counted": len(costs.unknown),
     },
     "collectives": _by_axis(costs, pod.mesh.size // pod.topology.slices),
@@ -94,13 +94,13 @@ def compile_round(
     },
     "bound": times.bound,
     "utilization": {
-      "model": share(expected.useful),
+      "model": share(pod.flops.useful),
       "hardware": share(in_program),
       "model_by_compiler": share(
-        expected.useful, times.compiler + times.exposed
+        pod.flops.useful, times.compiler + times.exposed
       ),
     },
-    "tokens_per_second": layout.tokens / times.total,
+    f"{layout.unit}_per_second": layout.units / times.total,
     "compilation": {
       "seconds": took[0],
       "processor_seconds": took[1],
@@ -206,11 +206,13 @@ def too_large(message: str, pod: PodRound) -> str:
   arguments = _argument_bytes(pod)
   buffers += [f"{gib(v)} of {k}" for k, v in arguments.items() if v]
   base = arguments["base"] + arguments["state"]
+  of_tokens = pod.layout.unit == "tokens"
+  chunk = "a smaller model.loss_chunk, " if of_tokens else ""
   change = (
     "a larger mesh.fsdp or mesh.tensor (fewer mesh.clients)"
     if base > limit / 2
     else "fewer lanes, fewer rows or more client.accumulate, model.remat="
-    "'full', a smaller model.loss_chunk, or a larger mesh.fsdp"
+    f"'full', {chunk}or a larger mesh.fsdp"
   )
   return (
     f"memory: a chip of {pod.topology} needs {gib(needs)} of {gib(limit)}, "

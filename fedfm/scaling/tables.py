@@ -22,6 +22,8 @@ def markdown(report: Mapping[str, Any]) -> str:
   spent = report["compilation"]
   layout, flops = report["layout"], report["flops"]
   mesh = " x ".join(f"{k} {v}" for k, v in report["mesh"].items())
+  unit = layout["unit"]
+  length = f" x {layout['length']}" if unit == "tokens" else ""
   formula = flops["program"] / flops["formula"]
   unseen = flops["kernels_not_counted"]
   kernels = f"; {unseen} kernels are not counted" if unseen else ""
@@ -29,11 +31,10 @@ def markdown(report: Mapping[str, Any]) -> str:
   rows = {
     "topology": f"{report['topology']}, {report['chips']} chips",
     "mesh": mesh,
-    "parameters": f"{report['parameters']['model'] / 1e9:.2f} B; trained "
+    "parameters": f"{_count(report['parameters']['model'])}; trained "
     f"{report['parameters']['trainable'] / 1e6:.1f} M a client",
     "clients": f"{layout['num_clients']} on {layout['lanes']} lanes, "
-    f"{layout['local_steps']} steps of {layout['rows']} x {layout['length']} "
-    "tokens",
+    f"{layout['local_steps']} steps of {layout['rows']}{length} {unit}",
     "memory of a chip": f"{gib(memory['total'])} of {gib(memory['limit'])}: "
     f"arguments {gib(memory['arguments'])}, temporaries "
     f"{gib(memory['temporaries'])}",
@@ -46,7 +47,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     "utilization": f"{report['utilization']['model']:.0%} of peak (useful), "
     f"{report['utilization']['hardware']:.0%} (all that runs); "
     f"{report['utilization']['model_by_compiler']:.0%} by the compiler's",
-    "tokens/s": f"{report['tokens_per_second']:,.0f}",
+    f"{unit}/s": f"{_speed(report):,.0f}",
     "compilation": f"{spent['seconds']:.0f} s here, "
     f"{spent['processor_seconds']:.0f} s of processors; the process's peak "
     f"{gib(spent['peak_bytes'])}",
@@ -83,13 +84,13 @@ def scaling_table(reports: Sequence[Mapping[str, Any]]) -> str:
   """Formats reports on several topologies as one table.
 
   Args:
-    reports: From `report.compile_round`; tokens/s a chip are relative to the
-      first.
+    reports: From `report.compile_round`; the speed of a chip is relative to
+      the first.
 
   Returns:
     Markdown.
   """
-  first = reports[0]["tokens_per_second"] / reports[0]["chips"]
+  first = _speed(reports[0]) / reports[0]["chips"]
   return table(
     [
       {
@@ -98,14 +99,25 @@ def scaling_table(reports: Sequence[Mapping[str, Any]]) -> str:
         "lanes": r["layout"]["lanes"],
         "GiB a chip": round(r["memory"]["total"] / (1 << 30), 2),
         "round, s": float(f"{r['seconds']['round']:.3g}"),
-        "tokens/s": round(r["tokens_per_second"]),
-        "per chip": f"{r['tokens_per_second'] / r['chips'] / first:.0%}",
+        f"{r['layout']['unit']}/s": round(_speed(r)),
+        "per chip": f"{_speed(r) / r['chips'] / first:.0%}",
         "utilization": f"{r['utilization']['model']:.0%}",
         "bound": r["bound"],
       }
       for r in reports
     ]
   )
+
+
+def _count(parameters: float) -> str:
+  if parameters < 1e8:
+    return f"{parameters / 1e6:.2f} M"
+  return f"{parameters / 1e9:.2f} B"
+
+
+def _speed(report: Mapping[str, Any]) -> float:
+  """Units of a round a second, tokens or examples."""
+  return report[f"{report['layout']['unit']}_per_second"]
 
 
 def _short(op_name: str) -> str:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from fedfm import adapters, data, errors, models, types
+from fedfm import adapters, data, errors, model_flops, models, types
 
 PyTree = Any
 
@@ -68,43 +68,6 @@ class Workload:
     )
 
 
-def lora_flops_per_token(
-  config: models.DecoderConfig, trained: int, length: int
-) -> float:
-  """Model FLOPs a token of a LoRA step: the frozen weights get no gradient.
-
-  Args:
-    config: The decoder's sizes.
-    trained: Trained parameters.
-    length: Sequence length.
-
-  Returns:
-    4 FLOPs a frozen weight (forward, and backward to the activations), 6 a
-    trained one, and attention over half the sequence, 3 times forward.
-  """
-  return (
-    4 * matmul_params(config)
-    + 6 * trained
-    + 3 * attention_flops_per_token(config, length)
-  )
-
-
-def matmul_params(config: models.DecoderConfig) -> int:
-  """Weights that a token is multiplied with, the output head among them."""
-  c = config
-  heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-  layer = c.width * (2 * heads + 2 * kv_heads + 3 * c.mlp_width)
-  return c.num_layers * layer + c.width * c.vocab_size
-
-
-def attention_flops_per_token(
-  config: models.DecoderConfig, length: int
-) -> float:
-  """Forward FLOPs a token of causal attention's two products."""
-  heads = config.num_heads * config.head_dim
-  return config.num_layers * 2 * 2 * heads * (length / 2)
-
-
 def decoder_workload(
   name: str,
   config: models.DecoderConfig,
@@ -132,18 +95,14 @@ def decoder_workload(
     A `Workload` that counts tokens.
   """
   model = models.decoder(config)
-  if rank is None:
-    adapter, apply = None, lambda t, base, tokens: model.apply(t, tokens)
-    flops = 6 * matmul_params(config) + 3 * attention_flops_per_token(
-      config, length
-    )
-  else:
-    adapter = adapters.lora(model, rank=rank)
-    apply = adapters.loss_apply(adapter)
-    kv_heads = config.num_kv_heads * config.head_dim
-    heads = config.num_heads * config.head_dim
-    trained = config.num_layers * rank * (2 * config.width + heads + kv_heads)
-    flops = lora_flops_per_token(config, trained, length)
+  full = adapters.full(model)
+  adapter = full if rank is None else adapters.lora(model, rank=rank)
+  flops = model_flops.flops_per_token(
+    model,
+    adapter.kind,
+    jax.eval_shape(adapter.init, jax.random.key(0), model.shapes),
+    length,
+  )
 
   def make_example(rng, n):
     tokens = rng.integers(0, config.vocab_size, (n, length), dtype=np.int32)
@@ -152,12 +111,12 @@ def decoder_workload(
   return Workload(
     name=name,
     model=model,
-    adapter=adapter,
-    loss=models.losses.language_model(apply),
+    adapter=None if rank is None else adapter,
+    loss=models.losses.language_model(adapters.loss_apply(adapter)),
     client_optimizer=client_optimizer,
     unit="tokens",
     units_per_example=length,
-    flops_per_unit=flops,
+    flops_per_unit=flops.causal,
     batch_size=batch_size,
     local_steps=local_steps,
     num_clients=num_clients,
@@ -248,12 +207,9 @@ def emnist_cnn(**changes: Any) -> Workload:
   } | changes
   model = models.cnn()
   c = model.config
-  forward = 0
-  for size, name in ((c.image_size - 2, "conv1"), (c.image_size - 4, "conv2")):
-    forward += 2 * size**2 * model.shapes[name].size
+  flops = model_flops.flops_per_row(model, "full", model.shapes, 0).total
   # The first layer's input needs no gradient.
   first = 2 * (c.image_size - 2) ** 2 * model.shapes["conv1"].size
-  forward += 2 * (model.shapes["dense"].size + model.shapes["head"].size)
 
   def make_example(rng, n):
     return {
@@ -269,7 +225,7 @@ def emnist_cnn(**changes: Any) -> Workload:
     client_optimizer=optax.sgd(0.01),
     unit="examples",
     units_per_example=1,
-    flops_per_unit=3 * forward - first,
+    flops_per_unit=flops - first,
     make_example=make_example,
     dtype="float32",
     **options,
