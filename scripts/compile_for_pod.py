@@ -43,7 +43,10 @@ def main():
   # A TPU or GPU of this machine is not needed, and may be busy.
   jax.config.update("jax_platforms", "cpu")
   machines = _machines()
-  config = experiment.as_settings(command_line.load_config(_CONFIG.value))
+  values = command_line.load_config(_CONFIG.value)
+  # Nothing is read; a config may leave it to the command line where data are.
+  values.setdefault("data", {}).setdefault("path", "not_read")
+  config = experiment.as_settings(values)
   rounds = [
     pod.build(_scaled(config, machine, machines[0]), machine)
     for machine in machines

@@ -269,6 +269,16 @@ def test_script_reports_on_a_tpu_topology(tmp_path):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_kernels_by_hand_are_said_not_to_be_counted(tmp_path):
+  config = pod_settings(tmp_path / "m", data={"sequence_length": 128})
+  got = report.compile_round(pod.build(config, topology.parse("v5e:2x2")))
+  flops = got["flops"]
+  assert flops["kernels_not_counted"] >= 2  # Forward and back.
+  assert 0.8 < flops["program"] / flops["formula"] < 1
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_messages_of_a_known_program_on_a_tpu_topology():
   devices = topology.devices(topology.parse("v5e:2x4"))
   mesh = sharding.make_mesh({"clients": 2, "fsdp": 2, "tensor": 2}, devices)

@@ -117,6 +117,22 @@ def test_a_module_is_read():
     hlo.parse("HloModule nothing")
 
 
+def test_attributes_may_go_over_several_lines():
+  """As those of a kernel's metadata do, which are JSON."""
+  module = hlo.parse(
+    "ENTRY %main (x: f32[2]) -> f32[2] {\n"
+    "  %x = f32[2] parameter(0)\n"
+    "  %kernel = f32[2] custom-call(%x), frontend_attributes={metadata={\n"
+    '"blocks": "{}"\n'
+    '}}, metadata={op_name="attention"}\n'
+    "  ROOT %y = f32[2] copy(%kernel)\n"
+    '}, execution_thread="main"\n'
+  )
+  main = module.computations["main"]
+  assert list(main.instructions) == ["x", "kernel", "y"] and main.root == "y"
+  assert main.instructions["kernel"].op_name == "attention"
+
+
 def test_trip_counts_are_found_or_said_to_be_unknown():
   module = hlo.parse(TPU_TEXT)
   outer, main = (module.computations[n] for n in ("outer_body", "main.1_spmd"))

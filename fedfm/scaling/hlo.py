@@ -4,7 +4,7 @@ Only what a cost report needs: instructions with shapes, who calls whom, the
 trip counts of loops, and which devices a collective joins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import math
 import re
 from typing import NamedTuple
@@ -24,6 +24,7 @@ COLLECTIVES = (
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _PASS_THROUGH = ("copy", "bitcast", "convert", "copy-start", "copy-done")
 
 
@@ -148,12 +149,12 @@ def parse(text: str) -> Module:
   """
   computations: dict[str, Computation] = {}
   entry, name, instructions, root = "", "", {}, ""
-  for line in text.splitlines():
+  for line in _logical_lines(text):
     header = _COMPUTATION.match(line)
     if header:
       name, instructions, root = header[2], {}, ""
       entry = name if header[1] else entry
-    elif name and line.startswith("}"):
+    elif name and _END.match(line):
       computations[name] = Computation(name, instructions, root)
       name = ""
     elif name:
@@ -165,6 +166,22 @@ def parse(text: str) -> Module:
   if not entry:
     raise ValueError("no ENTRY computation: not the text of an HLO module")
   return Module(computations, entry)
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+  """Lines, with those joined that an instruction's attributes go over."""
+  kept = ""
+  for line in text.splitlines():
+    continues = kept and not (_INSTRUCTION.match(line) or _END.match(line))
+    if kept and not continues:
+      yield kept
+      kept = ""
+    if continues or _INSTRUCTION.match(line):
+      kept += line
+    else:
+      yield line
+  if kept:
+    yield kept
 
 
 def _instruction(name: str, rest: str) -> Instruction:
