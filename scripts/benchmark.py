@@ -7,9 +7,11 @@ r"""Measures rounds against the plain centralized step, in one run.
 Suites: `cpu` (what two cores can run: the LoRA Llama, all weights on a single
 lane, the EMNIST CNN, heavy-tailed packing), `gpu` (LoRA at 1B from 1 to 256
 clients, the CNN, 100M parameters in full). Sweeps: `clients`, `lanes`, `batch`,
-`model` (width), `mesh` (every shape of the devices: strong scaling) and `weak`
-(clients grow with the devices). Times are medians; every ratio is of pairs
-measured in turn. Writes results.json, results.csv and, of a sweep, sweep.png.
+`model` (width), `mesh` (every shape of the devices: strong scaling), `weak`
+(clients grow with the devices) and `dispatch` (rounds of one program, their
+rows sent to the device or held there). Times are medians; every ratio is of
+pairs measured in turn. Writes results.json, results.csv and, of a sweep,
+sweep.png.
 """
 
 import csv
@@ -25,11 +27,11 @@ import numpy as np
 import command_line
 from fedfm import data, errors, report, sharding
 from fedfm.data import layout, packing
-from fedfm.scaling import measure, workloads
+from fedfm.scaling import dispatches, measure, workloads
 import output_folder
 
 SUITES = ("cpu", "gpu")
-SIZED = ("clients", "lanes", "batch", "model")
+SIZED = ("clients", "lanes", "batch", "model", "dispatch")
 SWEEPS = (*SIZED, "mesh", "weak")
 _SUITE = flags.DEFINE_enum("suite", None, SUITES, "What to measure.")
 _WORKLOADS = flags.DEFINE_list("workloads", [], "Or these, by name.")
@@ -270,6 +272,31 @@ def sweep(name, work_name):
       yield v, run(f"{v} devices", work, mesh_of(v))
 
 
+def dispatch_rows(work_name):
+  """Measures rounds by how many are one program, and where their rows are."""
+  options = sizes() if work_name != "emnist_cnn" else cnn_sizes()
+  return dispatches.measure_dispatches(
+    workloads.workload(work_name, **options),
+    mesh_of(),
+    lanes=lanes(),
+    counts=[int(v) for v in _SIZES.value] or (1, 2, 5, 10),
+    repeats=_REPEATS.value,
+  )
+
+
+def plot_dispatches(folder, rows):
+  """Draws a line for each workload and place of the rows."""
+  lines = {}
+  for row in rows:
+    x, y = lines.setdefault(f"{row['workload']}, {row['rows']}", ([], []))
+    x.append(row["rounds_per_dispatch"])
+    y.append(row["rounds_per_second"])
+  report.plot_lines(
+    folder / "sweep.png",
+    report.Panel(lines, "rounds of a program", "rounds per second"),
+  )
+
+
 def plot(folder, name, rows):
   """Draws a sweep: rate, and ratio to the plain step, over its values."""
   at = [row["value"] for row in rows]
@@ -313,6 +340,13 @@ def main():
     rows = cpu_suite()
   elif _SUITE.value == "gpu":
     rows = gpu_suite()
+  elif _SWEEP.value == "dispatch":
+    rows = [row for name in _WORKLOADS.value for row in dispatch_rows(name)]
+    command_line.show("\n" + report.table(rows))
+    write(folder, rows)
+    plot_dispatches(folder, rows)
+    command_line.show(f"\nwrote {folder}/")
+    return
   elif _SWEEP.value:
     rows = [
       row | {"value": value}

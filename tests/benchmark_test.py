@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from fedfm import errors, models, sharding
-from fedfm.scaling import chips, measure, workloads
+from fedfm.scaling import chips, dispatches, measure, workloads
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = models.DecoderConfig(
@@ -164,6 +164,24 @@ def test_flags_are_checked_before_anything_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_dispatches_send_what_they_say():
+  mesh = sharding.make_mesh({"clients": 2}, jax.devices()[:2])
+  rows = dispatches.measure_dispatches(
+    tiny(), mesh, lanes=2, counts=(1, 3), repeats=1
+  )
+  ways = [(row["rounds_per_dispatch"], row["rows"]) for row in rows]
+  assert ways == [(1, "host"), (3, "host"), (1, "device"), (3, "device")]
+  first = rows[0]["rounds_per_second"]
+  for row in rows:
+    assert row["ratio_to_first"] == row["rounds_per_second"] / first > 0
+  sent = [row["sent_bytes"] for row in rows]
+  assert sent[0] == sent[1] and sent[2] == sent[3]
+  # Two lanes of 6 steps have buffers of 8, of 2 rows of 6 tokens and a mask;
+  # of these their numbers are left.
+  assert sent[0] - sent[2] == 2 * 8 * 2 * (6 * (4 + 4) - 4)
+
+
+@pytest.mark.slow
 def test_the_cpu_suite_writes_its_figures(tmp_path):
   process = benchmark(tmp_path / "out", "--suite=cpu", "--length=8")
   assert process.returncode == 0, process.stderr
@@ -178,12 +196,12 @@ def test_the_cpu_suite_writes_its_figures(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep", ["clients", "mesh", "weak"])
+@pytest.mark.parametrize("sweep", ["clients", "mesh", "weak", "dispatch"])
 def test_sweeps_draw_a_plot(tmp_path, sweep):
   process = benchmark(
     tmp_path / "out", "--workloads=emnist_cnn", f"--sweep={sweep}"
   )
   assert process.returncode == 0, process.stderr
   rows = json.loads((tmp_path / "out" / "results.json").read_text())
-  assert len(rows) >= 2 and all(row["units_per_second"] > 0 for row in rows)
+  assert len(rows) >= 2 and all(row["rounds_per_second"] > 0 for row in rows)
   assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
