@@ -15,9 +15,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
   os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-  if "not slow" in sys.argv:
-    # Most of the time goes into compiling; the slow tests run what LLVM makes
-    # of programs at its best.
+  if any("not slow" in a or "not optimized" in a for a in sys.argv):
+    # Most of the time goes into compiling. Tests of bits, which LLVM may change
+    # from one program to another, run what it makes at its best.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _CACHE = tempfile.mkdtemp(prefix="fedfm-tests-")

@@ -42,6 +42,7 @@ ON_EIGHT = ("fedavg", "rolora", "ditto", "ifca", "fedmezo", "streaming_diloco")
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", choices.ALGORITHMS)
 def test_every_algorithm_gives_the_same_bits_on_any_mesh(name):
   # Replicas have a place each, and there are four of them.

@@ -63,12 +63,15 @@ def rounds(num_devices, rule, count=2):
   return reference.state_bytes(state), history
 
 
+SLOW = (pytest.mark.slow, pytest.mark.optimized)
+
+
 @pytest.mark.parametrize(
   ("rule", "sizes"),
   [
     ("median", [2]),
-    pytest.param("median", [4, 8], marks=pytest.mark.slow),
-    pytest.param("mean", [2, 4, 8], marks=pytest.mark.slow),
+    pytest.param("median", [4, 8], marks=SLOW),
+    pytest.param("mean", [2, 4, 8], marks=SLOW),
   ],
 )
 def test_rounds_are_the_same_bits_on_any_mesh(rule, sizes):
@@ -171,6 +174,7 @@ def config(folder, **changes):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_an_elastic_run_is_the_same_bits(tmp_path, monkeypatch):
   """Stopped and resumed on other devices each round."""
   devices = (1, 2, 4, 8, 4, 2, 1)
@@ -186,6 +190,7 @@ def test_an_elastic_run_is_the_same_bits(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["ditto", "fedex_lora", "diloco"])
 def test_algorithms_of_every_kind_are_the_same_bits(
   tmp_path, monkeypatch, name

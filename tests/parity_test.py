@@ -242,6 +242,7 @@ def test_a_mesh_is_a_plain_loop_in_float64(monkeypatch):
 
 
 @slow
+@pytest.mark.optimized
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
   def train(workdir, rounds):
     config = tiny.config_in_parts(tmp_path, rounds=rounds, lanes=1)
