@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedfm import completion, errors
+from fedfm import completion, errors, sharding
 from fedfm.data import instructions, json_rows, layout
 from fedfm.data.prompt_formats import PromptFormat
 from fedfm.data.tokenizers import Tokenizer
@@ -211,7 +211,8 @@ def _row_nats(loss, trainable, base, batch):
     masked = {**batch, "mask": mask}
     return loss(trainable, base, masked, jax.random.key(0))[1]["loss_sum"]
 
-  return jax.grad(loss_sum)(jnp.ones(len(batch["tokens"])))
+  nats = jax.grad(loss_sum)(jnp.ones(len(batch["tokens"])))
+  return sharding.replicated(nats)  # Each process fetches all of them.
 
 
 def exact_match(

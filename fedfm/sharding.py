@@ -327,6 +327,18 @@ def constrain(
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def replicated(tree: PyTree) -> PyTree:
+  """Constrains small results to be whole on every device, to be fetched.
+
+  Args:
+    tree: Arrays.
+
+  Returns:
+    A tree like `tree`; the same where no mesh is set.
+  """
+  return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
 def constrain_tree(
   tree: PyTree, axes: PyTree, rules: ShardingRules = DEFAULT_RULES
 ) -> PyTree:

@@ -10,6 +10,7 @@ import sys
 import jax
 import optax
 import pytest
+import script_runs
 
 from fedfm import errors, models, sharding
 from fedfm.scaling import chips, dispatches, measure, workloads
@@ -99,7 +100,7 @@ def benchmark(folder, *arguments):
       "--host_devices=2",
       *arguments,
     ],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    env=script_runs.environment(),
     capture_output=True,
     text=True,
     check=False,

@@ -11,6 +11,7 @@ import threading
 import killed_saver
 import numpy as np
 import pytest
+import script_runs
 
 from fedfm import checkpoint, errors
 
@@ -34,7 +35,7 @@ def forks():
   root = pathlib.Path(__file__).parent
   process = subprocess.Popen(
     [sys.executable, root / "killed_saver.py"],
-    env=os.environ | {"PYTHONPATH": str(root.parent), "XLA_FLAGS": ""},
+    env=script_runs.environment(),
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.DEVNULL,

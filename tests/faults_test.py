@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
+import script_runs
 import tiny
 
 from fedfm import (
@@ -151,7 +152,7 @@ def test_a_process_ends_with_the_code_of_its_signal(folder, whole, tmp_path):
       f"--config={file}",
       f"--workdir={tmp_path / 'run'}",
     ],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    env=script_runs.environment(),
     capture_output=True,
     text=True,
     check=False,

@@ -1,7 +1,6 @@
 """Two processes load and save one model: each reads its own part only."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from make_model_fixtures import FIXTURES
 import pytest
 from safetensors import numpy as safetensors_numpy
+import script_runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = FIXTURES / "gemma3"
@@ -50,11 +50,7 @@ def test_two_processes_load_and_save(tmp_path):
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-  }
+  env = script_runs.environment(devices=1)
   arguments = [str(SOURCE), str(tmp_path)]
   running = [
     subprocess.Popen(

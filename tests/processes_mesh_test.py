@@ -1,35 +1,32 @@
 """Meshes whose `fsdp` or `tensor` axis crosses processes, and which lanes."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
 import sys
 
 import jax
+import mesh_questions
 import mesh_rounds
 import numpy as np
 import pytest
+import script_runs
 
 from fedfm import clients, data, errors, sharding
 
-SCRIPT = pathlib.Path(__file__).parent / "mesh_rounds.py"
+FOLDER = pathlib.Path(__file__).parent
 
 
-def run_two(*names):
-  """Runs meshes on two processes of four devices; returns what each prints."""
+def run_two(script, *names):
+  """Runs a script as two processes of four devices; returns what they print."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(SCRIPT.parent.parent),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-  }
+  env = script_runs.environment(devices=4)
   running = [
     subprocess.Popen(
-      [sys.executable, str(SCRIPT), str(port), str(index), *names],
+      [sys.executable, str(FOLDER / script), str(port), str(index), *names],
       env=env,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -56,7 +53,7 @@ def run_two(*names):
 def test_an_axis_that_crosses_processes_has_the_numbers_of_one(names):
   expected = mesh_rounds.numbers("a shard each")
   assert expected["metrics"]["clients/participating"] == len(mesh_rounds.SIZES)
-  for printed in run_two(*names):
+  for printed in run_two("mesh_rounds.py", *names):
     for name in names:
       jax.tree.map(
         lambda got, want, name=name: np.testing.assert_allclose(
@@ -69,6 +66,14 @@ def test_an_axis_that_crosses_processes_has_the_numbers_of_one(names):
     tensor_only, two_of_both = printed["refusals"]
     assert "of 2, but its devices hold [0, 1] of this mesh" in tensor_only
     assert "of 4, but its devices hold [0, 1, 2, 3] of" in two_of_both
+
+
+@pytest.mark.slow
+def test_a_model_that_is_split_over_processes_answers_as_one():
+  one = sharding.make_mesh({"clients": 1}, jax.devices()[:1])
+  expected = mesh_questions.answers(one)
+  assert expected["said"] == [1, 1]
+  assert run_two("mesh_questions.py") == [expected, expected]
 
 
 class Chip:

@@ -1,7 +1,6 @@
 """Two processes: the numbers of one, stopped together, and never waiting."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -12,6 +11,7 @@ import time
 from absl import flags
 import numpy as np
 import pytest
+import script_runs
 import tiny
 import train  # noqa: F401 - its flags are those of every test here.
 
@@ -27,12 +27,7 @@ def _free_port() -> int:
 
 
 def _start(config, workdir, devices, *flags):
-  env = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-  }
+  env = script_runs.environment(devices)
   command = [sys.executable, str(ROOT / "scripts" / "train.py")]
   command += [f"--config={config}", f"--workdir={workdir}", *flags]
   return subprocess.Popen(

@@ -17,11 +17,31 @@ ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {p.stem for p in (ROOT / "scripts").glob("*.py")} - {"command_line"}
 
 
+def environment(devices=None):
+  """Variables of a process with virtual devices; it compiles as this one does.
+
+  Args:
+    devices: How many; None leaves it to the process.
+
+  Returns:
+    A dict for `subprocess`.
+  """
+  given = os.environ.get("XLA_FLAGS", "").split()
+  flags_of_xla = [f for f in given if "optimization_level" in f]
+  if devices is not None:
+    flags_of_xla.append(f"--xla_force_host_platform_device_count={devices}")
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": " ".join(flags_of_xla),
+  }
+
+
 def script(name, *arguments):
   """Runs a script on one device; returns (exit code, stdout, stderr)."""
   process = subprocess.run(
     [sys.executable, ROOT / "scripts" / name, *arguments],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    env=environment(),
     capture_output=True,
     text=True,
     check=False,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedfm import errors
+from fedfm import errors, sharding
 
 PyTree = Any
 
@@ -184,7 +184,7 @@ def _run(
   tokens = jnp.take_along_axis(buffer, columns, axis=1)
   fill = stops[0] if stops.size else 0
   tokens = jnp.where(columns < ends[:, None], tokens, fill)
-  return Generation(tokens, ends - lengths)
+  return sharding.replicated(Generation(tokens, ends - lengths))
 
 
 def _sample(sampling: _Sampling, logits: jax.Array, keys: jax.Array):
