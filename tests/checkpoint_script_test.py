@@ -118,7 +118,7 @@ DRIFTING = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("changes", "kills"), [({}, 12), (DRIFTING, 6), (PRIVATE, 6)]
+  ("changes", "kills"), [({}, 12), (DRIFTING, 6), (PRIVATE, 3)]
 )
 def test_kills_change_no_bit(tmp_path, changes, kills):
   values = tiny.config(
