@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fedfm import models, trees
+from fedfm.models import vision
 from fedfm.types import Passes
 
 PyTree = Any
@@ -177,17 +178,12 @@ def flops_per_row(
       )
       for name, own, length in (
         ("text", of_text, sequence_length),
-        ("image", of_image, _patches(c)),
+        ("image", of_image, 1 + vision.num_patches(c)),
       )
     )
   if isinstance(c, models.VisionConfig):
-    sequence_length = _patches(c)
+    sequence_length = 1 + vision.num_patches(c)  # And the class token.
   return _flops_of_stack(model, kind, trainable, sequence_length, passes)
-
-
-def _patches(config: Any) -> int:
-  """Tokens of an image, with the one that stands for all."""
-  return 1 + (config.image_size // config.patch_size) ** 2
 
 
 def _flops_of_stack(

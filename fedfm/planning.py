@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from fedfm import errors, host_memory, trees
-from fedfm.clients import own_lanes
+from fedfm.clients import check_lanes, own_lanes
 from fedfm.data import layout, packing
 from fedfm.data.continual import Schedule
 from fedfm.data.realism import Costs, Realism
@@ -183,10 +183,7 @@ def choose_lanes(
   axis = mesh.shape["clients"]
   if settings.lanes != "auto":
     lanes = int(settings.lanes)
-    if lanes % axis:
-      raise errors.ConfigError(
-        f"lanes: mesh.clients = {axis} does not divide {lanes} lanes"
-      )
+    check_lanes(lanes, mesh)
   else:
     steps = plan_round(0).local_steps
     on_cpu = mesh.devices.flat[0].platform == "cpu"

@@ -181,6 +181,10 @@ def cnn_sizes():
   return {k: v for k, v in sizes().items() if k != "length"}
 
 
+def sizes_of(work_name):
+  return cnn_sizes() if work_name == "emnist_cnn" else sizes()
+
+
 def gpu_suite():
   rows = []
   for count in (1, 4, 16, 64, 256):
@@ -231,7 +235,7 @@ def sweep(name, work_name):
   values = [int(v) for v in _SIZES.value]
   make = workloads.workload
   n = len(jax.devices())
-  options = sizes() if work_name != "emnist_cnn" else cnn_sizes()
+  options = sizes_of(work_name)
   if name == "clients":
     for v in values or (1, 4, 16, 64):
       work = make(work_name, **options | {"num_clients": v})
@@ -274,9 +278,8 @@ def sweep(name, work_name):
 
 def dispatch_rows(work_name):
   """Measures rounds by how many are one program, and where their rows are."""
-  options = sizes() if work_name != "emnist_cnn" else cnn_sizes()
   return dispatches.measure_dispatches(
-    workloads.workload(work_name, **options),
+    workloads.workload(work_name, **sizes_of(work_name)),
     mesh_of(),
     lanes=lanes(),
     counts=[int(v) for v in _SIZES.value] or (1, 2, 5, 10),
@@ -356,8 +359,8 @@ def main():
   else:
     rows = []
     for name in _WORKLOADS.value:
-      options = sizes() if name != "emnist_cnn" else cnn_sizes()
-      rows.append(run(name, workloads.workload(name, **options), mesh_of()))
+      work = workloads.workload(name, **sizes_of(name))
+      rows.append(run(name, work, mesh_of()))
   shown = [
     {"case": row["case"]}
     | {k: row[k] for k in _SHOWN[1:] if k in row}

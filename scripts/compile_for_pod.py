@@ -45,7 +45,9 @@ def main():
   machines = _machines()
   values = command_line.load_config(_CONFIG.value)
   # Nothing is read; a config may leave it to the command line where data are.
-  values.setdefault("data", {}).setdefault("path", "not_read")
+  fields = values.setdefault("data", {})
+  if isinstance(fields, dict):  # Anything else is refused below.
+    fields.setdefault("path", "not_read")
   config = experiment.as_settings(values)
   rounds = [
     pod.build(_scaled(config, machine, machines[0]), machine)

@@ -29,10 +29,10 @@ SHARED = pathlib.Path(
 SIZES = {"width": 16, "num_layers": 1, "num_heads": 2, "mlp_width": 32}
 
 
-def write_encoder(folder):
+def write_encoder(folder, **sizes):
   """A random byte BERT without a classifier."""
   config = models.EncoderConfig(
-    vocab_size=272, max_length=32, num_types=1, pad_id=258, **SIZES
+    vocab_size=272, max_length=32, num_types=1, pad_id=258, **(SIZES | sizes)
   )
   model = models.encoder(config)
   huggingface.save(folder, model, model.init(jax.random.key(1)))

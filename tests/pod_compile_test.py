@@ -3,15 +3,13 @@
 import functools
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import script_runs
 import tiny
 
 from fedfm import adapters, errors, models, settings, sharding, trees
@@ -206,16 +204,7 @@ def test_shipped_configs_are_valid(path):
   assert f"--config=configs/{path.name}" in module.__doc__
 
 
-def script(*arguments):
-  """Runs compile_for_pod.py; returns (exit code, stdout, stderr)."""
-  process = subprocess.run(
-    [sys.executable, ROOT / "scripts" / "compile_for_pod.py", *arguments],
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  return process.returncode, process.stdout, process.stderr
+script = functools.partial(script_runs.script, "compile_for_pod.py")
 
 
 def test_an_unknown_topology_ends_with_one_line():

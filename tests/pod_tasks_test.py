@@ -5,7 +5,6 @@ import json
 import classification_test
 import contrastive_test
 import instruction_run_test
-import jax
 import pod_compile_test
 import pytest
 import tiny
@@ -59,12 +58,8 @@ def prompts_in_rows_of_their_own(folder):
 
 def texts(folder):
   values = classification_test.text_config(folder)
-  config = models.EncoderConfig(
-    vocab_size=272, max_length=32, num_types=1, pad_id=258, **SIZES
-  )
-  model, path = models.encoder(config), folder / "encoder"
-  models.huggingface.save(path, model, model.init(jax.random.key(1)))
-  return merged(values, model={"path": str(path)}, adapter={"rank": 4})
+  path = classification_test.write_encoder(folder / "encoder", **SIZES)
+  return merged(values, model={"path": path}, adapter={"rank": 4})
 
 
 def _images(folder, config):

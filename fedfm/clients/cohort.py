@@ -35,6 +35,15 @@ def shardings(mesh: Mesh) -> dict[str, NamedSharding]:
   return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
+def check_lanes(num_lanes: int, mesh: Mesh) -> None:
+  """Raises ConfigError for lanes that `mesh.clients` does not divide."""
+  parts = mesh.shape["clients"]
+  if num_lanes % parts:
+    raise errors.ConfigError(
+      f"lanes: mesh.clients = {parts} does not divide {num_lanes} lanes"
+    )
+
+
 def own_lanes(
   mesh: Mesh, num_lanes: int, process_index: int | None = None
 ) -> list[int]:
@@ -60,11 +69,8 @@ def own_lanes(
     >>> own_lanes(mesh, 3)
     [0, 1, 2]
   """
+  check_lanes(num_lanes, mesh)
   parts = mesh.shape["clients"]
-  if num_lanes % parts:
-    raise errors.ConfigError(
-      f"lanes: mesh.clients = {parts} does not divide {num_lanes} lanes"
-    )
   if process_index is None:
     process_index = jax.process_index()
   axis, each = mesh.axis_names.index("clients"), num_lanes // parts

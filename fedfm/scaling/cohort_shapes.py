@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from fedfm import clients, errors, models, types
 from fedfm.data import layout as layout_lib
+from fedfm.data import packing
 from fedfm.settings import DataSettings, Settings
 
 # Of each field of a batch: the shape of a row, and its dtype.
@@ -78,17 +79,15 @@ def lay_out(
         "client.local_steps: got 0, expected the steps of a client (or "
         "client.max_examples), as there is no data to count"
       )
-    steps = c.epochs * -(-c.max_examples // c.batch_size)
-  axis = mesh.shape["clients"]
+    steps = packing.steps_per_client(c.max_examples, c.batch_size, c.epochs)
   lanes = settings.lanes
   if lanes == "auto":
     rows = num_clients if algorithm.aligned else None
-    lanes = layout_lib.auto_lanes([steps] * num_clients, axis, False, rows)
-  lanes = int(lanes)
-  if lanes % axis:
-    raise errors.ConfigError(
-      f"lanes: mesh.clients = {axis} does not divide {lanes} lanes"
+    lanes = layout_lib.auto_lanes(
+      [steps] * num_clients, mesh.shape["clients"], False, rows
     )
+  lanes = int(lanes)
+  clients.check_lanes(lanes, mesh)
   if algorithm.aligned:
     layout_lib.align([], num_clients, lanes)  # Raises where it can't be.
   of_tokens = settings.data.task == "language_model"

@@ -10,10 +10,10 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from fedfm import clients, dispatch, prefetch, trees, types
-from fedfm.data import packing, resident
+from fedfm import blueprint, clients, dispatch, prefetch, trees, types
+from fedfm.data import resident
 from fedfm.scaling import measure
 from fedfm.scaling.workloads import Workload
 
@@ -120,24 +120,11 @@ def _case(
   # Own copies: what is run is donated.
   state = [jax.tree.map(lambda x: x.copy(), placed.state)]
   places = jax.tree.map(lambda x: x.sharding, placed.state)
-  run_program = jax.jit(
-    round_fn,
-    donate_argnums=0,
-    out_shardings=(places, NamedSharding(placed.mesh, jax.P())),
-  )
+  run_program = blueprint.jit_round(placed.mesh, round_fn, places)
 
   def make(index: int) -> types.Cohort:
-    packed = [
-      packing.pack(
-        source,
-        source.ids,
-        batch_size=placed.work.batch_size,
-        lanes=placed.num_lanes,
-        round=round_index,
-        shuffle=True,
-      )
-      for round_index in range(index * each, index * each + each)
-    ]
+    rounds = range(index * each, index * each + each)
+    packed = [placed.pack(round_index, source) for round_index in rounds]
     if each == 1:
       return clients.put(packed[0], placed.mesh)
     return clients.put_rounds(packed, placed.mesh)

@@ -15,7 +15,15 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from fedfm import algorithms, clients, data, prefetch, sharding, types
+from fedfm import (
+  algorithms,
+  blueprint,
+  clients,
+  data,
+  prefetch,
+  sharding,
+  types,
+)
 from fedfm.data import packing
 from fedfm.scaling import chips
 from fedfm.scaling.workloads import Workload
@@ -49,17 +57,23 @@ class Placed:
   round: Any
   compile_seconds: float
 
-  def cohort(self, round_index: int = 0) -> types.Cohort:
-    """Packs all clients and places them."""
-    packed = packing.pack(
-      self.source,
-      self.source.ids,
+  def pack(
+    self, round_index: int = 0, source: data.ClientSource | None = None
+  ) -> types.Cohort:
+    """Packs all clients, of their source or of another form of it."""
+    source = self.source if source is None else source
+    return packing.pack(
+      source,
+      source.ids,
       batch_size=self.work.batch_size,
       lanes=self.num_lanes,
       round=round_index,
       shuffle=True,
     )
-    return clients.put(packed, self.mesh)
+
+  def cohort(self, round_index: int = 0) -> types.Cohort:
+    """Packs all clients and places them."""
+    return clients.put(self.pack(round_index), self.mesh)
 
 
 def place(work: Workload, mesh: Mesh, lanes: int | str = "auto") -> Placed:
@@ -95,7 +109,6 @@ def place(work: Workload, mesh: Mesh, lanes: int | str = "auto") -> Placed:
       mesh, jax.eval_shape(algorithm.init, trainable), trainable, out[0]
     )
     state = jax.jit(algorithm.init, out_shardings=like)(trainable)
-    replicated = NamedSharding(mesh, jax.P())
     placed = Placed(
       work=work,
       mesh=mesh,
@@ -109,9 +122,7 @@ def place(work: Workload, mesh: Mesh, lanes: int | str = "auto") -> Placed:
     )
     began = time.perf_counter()
     compiled = (
-      jax.jit(
-        algorithm.round, donate_argnums=0, out_shardings=(like, replicated)
-      )
+      blueprint.jit_round(mesh, algorithm.round, like)
       .lower(state, base, placed.cohort())
       .compile()
     )
@@ -245,12 +256,6 @@ def measure(
   flops = units * work.flops_per_unit
   rate = matmul_rate(mesh, work.dtype)
   peak = device_peak(mesh, work.dtype)
-  packed = packing.pack(
-    placed.source,
-    placed.source.ids,
-    batch_size=work.batch_size,
-    lanes=placed.num_lanes,
-  )
   return {
     "workload": work.name,
     "device": mesh.devices.flat[0].device_kind,
@@ -271,7 +276,7 @@ def measure(
     "of_matmul_rate": flops / seconds / rate,
     "model_flops_utilisation": flops / seconds / peak if peak else None,
     "idle_gap": gap,
-    "packing_efficiency": packing.efficiency(packed),
+    "packing_efficiency": packing.efficiency(placed.pack()),
     "compile_seconds": placed.compile_seconds,
     **memory(placed.round, mesh),
   }

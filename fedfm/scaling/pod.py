@@ -7,7 +7,6 @@ import jax
 from jax.sharding import Mesh
 
 from fedfm import (
-  adapters,
   blueprint,
   errors,
   models,
@@ -32,7 +31,6 @@ class PodRound(NamedTuple):
     topology: The machine.
     mesh: Its devices.
     model: The foundation model.
-    adapter: What clients train.
     layout: The cohort.
     flops: What it is expected to compute.
     program: The jitted `round(state, base, cohort)`.
@@ -42,7 +40,6 @@ class PodRound(NamedTuple):
   topology: Topology
   mesh: Mesh
   model: models.Model
-  adapter: adapters.Adapter
   layout: Layout
   flops: RoundFlops
   program: Any
@@ -114,7 +111,6 @@ def build(settings: Settings, topology: Topology) -> PodRound:
     topology=topology,
     mesh=mesh,
     model=model,
-    adapter=adapter,
     layout=layout,
     flops=formula.round_flops(
       model,
